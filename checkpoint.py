@@ -1,0 +1,256 @@
+"""Checkpoints: saving a run so that nothing can be half saved, and finding the newest that is whole.
+
+A checkpoint is a folder, checkpoints/step_00001234/:
+    __0_0.distcp, .metadata   the tensors, written by all ranks (torch.distributed.checkpoint, "DCP"); any
+                              number of processes may read them, also one without torchrun
+    meta.json                 the step and whatever train.py adds, to be read by people
+    manifest.json             size and SHA-256 of every file: else a flipped byte loads silently
+
+What is unusual: the folder is written under another name, flushed to the disk and renamed as the last act, so
+what is called step_* was complete once (kill -9 during a plain torch.save spoils the file almost every time).
+And reading never runs code from a file: DCP unpickles its metadata, so here only its own few classes are let
+in. All ranks must see the same folder, and all of them must call `save`, `newest` and `restore`.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from config import UserError
+from distributed import from_first, rank
+from runfolder import replace
+
+DTYPES = {str(v).split(".")[1] for v in vars(torch).values() if isinstance(v, torch.dtype)}
+ALLOWED = {  # all that DCP's metadata is made of; a pickle that names anything else is refused
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+        "BytesStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"}, "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *DTYPES}, "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath"}, "pathlib._local": {"PosixPath", "WindowsPath"},
+}  # fmt: skip
+
+
+def save(folder, step, state, meta=None, keep_last=3, keep_every=0):
+    """Write folder/step_XXXXXXXX and return its path; keep the newest `keep_last` and every `keep_every`-th
+    step.
+
+    state: nested dicts (string keys) and lists of tensors, DTensors, numbers, texts. meta: a dict of plain
+    values. All ranks return together. Raises UserError if the disk is full or not writable; the earlier
+    checkpoints are then untouched.
+    """
+    folder = Path(folder)
+    target, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
+    reason = from_first(attempt(prepare, temporary))
+    if not reason:
+        # DCP tells every rank of a failure on any, so nobody waits for one that has given up.
+        reason = attempt(write_tensors, temporary, state)
+        reason = from_first(reason or attempt(finish, temporary, target, {"step": step, **(meta or {})}))
+    if reason:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"the checkpoint of step {step} could not be written to {folder} ({reason}); the "
+                        f"earlier ones are intact: make room or choose another train.output_dir")  # fmt: skip
+    if rank() == 0:
+        for path in steps(folder)[keep_last:]:
+            if not keep_every or int(path.name[5:]) % keep_every:
+                discard(path)
+    return target
+
+
+def attempt(function, *args):
+    """Call it -> None, or why it failed. A full disk is a RuntimeError in torch, an OSError elsewhere."""
+    try:
+        function(*args)
+    except (CheckpointException, OSError, RuntimeError) as e:  # the first is a BaseException
+        e = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
+        return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+
+
+def prepare(temporary):
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a save that was killed
+        temporary.mkdir(parents=True)
+
+
+def write_tensors(temporary, state):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "assuming the intent is to save in a single process": it is
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
+
+
+def finish(temporary, target, meta):
+    """Rank 0: the readable part, the manifest, and the rename that makes all of it count."""
+    if rank() == 0:
+        replace(temporary / "meta.json", json.dumps(meta, indent=1))
+        files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
+        replace(temporary / "manifest.json", json.dumps({"files": files}, indent=1))
+        fsync_folder(temporary)
+        if target.exists():  # the same step again, after a resume: a folder can't be renamed over another
+            discard(target)
+        os.replace(temporary, target)
+        fsync_folder(target.parent)
+
+
+def discard(path):
+    """Delete a checkpoint; renamed first, so that a kill in between leaves no half folder called step_*."""
+    doomed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sha256(path):
+    """Reads the file once more: about a second per gigabyte, which a checkpoint is worth."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fsync_folder(path):
+    """A new name is on the disk only when its folder is. Windows has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def steps(folder):
+    """All step_* folders, newest first."""
+    return sorted((p for p in Path(folder).glob("step_*") if p.name[5:].isdigit()), reverse=True)
+
+
+def newest(folder):
+    """-> the newest checkpoint that is complete and intact, or None. A newer one passed over gets a line on
+    why.
+
+    Reads every byte of that checkpoint. Rank 0 decides, all ranks get the answer.
+    """
+    found, notes = None, []
+    if rank() == 0:
+        notes = [f"{p}: its save was interrupted" for p in sorted(Path(folder).glob(".step_*.partial"))[-1:]]
+        for path in steps(folder):
+            reason = damage(path)
+            if not reason:
+                found = path
+                break
+            notes.append(f"{path}: {reason}")
+    for note in notes:
+        print(f"warning: passed over the checkpoint {note}", file=sys.stderr)
+    return from_first(found)
+
+
+def damage(path):
+    """What is wrong with a checkpoint, in a few words; None if every file is as it was written."""
+    try:
+        files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+        for name, expected in files.items():
+            file = path / Path(name).name  # a manifest can't point out of its folder
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["size"]:
+                return f"{name} has {file.stat().st_size} bytes, not {expected['size']}"
+            if sha256(file) != expected["sha256"]:
+                return f"{name} has changed since it was written (SHA-256 differs)"
+        return None if {".metadata", "meta.json"} <= files.keys() else "manifest.json lists too few files"
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return f"manifest.json is unreadable ({type(e).__name__})"
+
+
+def restore(path, state):
+    """Fill `state` (structured as it was saved) in place -> the content of meta.json.
+
+    A part of the top level, such as {"teacher": ...}, may be restored alone. Raises UserError that names the
+    first entries whose names or shapes differ, before anything is overwritten.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(state, storage_reader=Reader(path), planner=Planner(path))
+        return json.loads((Path(path) / "meta.json").read_text(encoding="utf-8"))
+    except (CheckpointException, OSError, ValueError) as e:
+        e = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
+        if isinstance(e, UserError):
+            raise e from None
+        raise UserError(f"the checkpoint {path} cannot be read ({type(e).__name__}: {e})") from None
+
+
+class Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if name in ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its metadata names {module}.{name}, which no checkpoint needs")
+
+
+class Reader(dcp.FileSystemReader):
+    """DCP's reader, without its pickle.load."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(Path(self.path) / ".metadata", "rb") as f:
+            metadata = Unpickler(f).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class Planner(dcp.DefaultLoadPlanner):
+    """DCP's plan of what to load, after names and shapes are compared; numbers and texts load with
+    weights_only."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False):
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        saved = {k: m for k, m in metadata.state_dict_metadata.items() if k.split(".")[0] in state_dict}
+        there = {k: tuple(m.size) if hasattr(m, "size") else "a value" for k, m in saved.items()}
+        ours = self.state_dict.items()
+        here = {k: tuple(v.size()) if isinstance(v, torch.Tensor) else "a value" for k, v in ours}
+        differ = [k for k in here | there if here.get(k) != there.get(k)]
+        if differ:
+            no = "nothing"
+            first = [f"{k}: {there.get(k, no)} there, {here.get(k, no)} here" for k in differ[:3]]
+            raise UserError(f"the checkpoint {self.path} is of another architecture or set of losses: "
+                            f"{len(differ)} entries differ ({'; '.join(first)})")  # fmt: skip
+
+    def load_bytes(self, read_item, value):
+        *keys, last = self.mappings[read_item.dest_index.fqn]
+        place = self.original_state_dict
+        for key in keys:
+            place = place[key]
+        place[last] = torch.load(value, weights_only=True)
+
+
+def save_teacher(path, teacher_state_dict, arch):
+    """{"teacher": {official name: tensor}, "arch": {...}} in one plain file, atomically; weights_only=True
+    reads it.
+
+    The tensors must be whole (not sharded); rank 0 alone calls it. Raises UserError.
+    """
+    path = Path(path)
+    # copied: a view would drag its whole storage into the file
+    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in teacher_state_dict.items()}
+    reason = attempt(write_teacher, path, {"teacher": tensors, "arch": dict(arch)})
+    if reason:
+        path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({reason}): make room or choose another folder")
+
+
+def write_teacher(path, content):
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "wb") as f:
+        torch.save(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    fsync_folder(path.parent)

@@ -1,0 +1,78 @@
+"""Processes that train together: their start, and the few collectives that the method needs.
+
+Started by `torchrun --nproc_per_node 8 train.py`, every process (a "rank") finds its number in the
+environment. Started alone, there is no process group and every function here is a no-op, so nobody asks "are
+we distributed?" elsewhere. What is unusual: flags and objects travel on the CPU (gloo) even when tensors
+travel between GPUs (NCCL), so a stop signal or a decision of rank 0 costs no GPU synchronisation.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from config import UserError
+
+
+def init(wish="auto"):
+    """Join the process group, if torchrun made one. `wish`: auto, cpu or cuda -> this process's
+    torch.device."""
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if wish == "cuda" and not gpus:
+        raise UserError("speed.device is cuda, but PyTorch sees no GPU: take cpu, or a CUDA build")
+    device = torch.device("cuda", local) if gpus and wish != "cpu" else torch.device("cpu")
+    if device.type == "cuda":
+        if local >= gpus:
+            raise UserError(f"process {local} has no GPU, there are {gpus}: take --nproc_per_node {gpus}")
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank():
+    """Number of this process, 0 to world_size() - 1; 0 writes the files and speaks to the user."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(tensor, op="sum"):
+    """Sum (or "max") over all ranks, in place; returns the tensor. No gradient flows through it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+    return tensor
+
+
+def average_gradients(module):
+    """Every rank steps with the gradient of the global batch: the mean of the ranks' means, in place."""
+    if dist.is_initialized():
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                all_reduce(parameter.grad.div_(world_size()))
+
+
+def agree(flag):
+    """True on every rank if `flag` is truthy on any, so that all of them stop at the same step."""
+    return bool(all_reduce(torch.tensor(float(bool(flag))), "max"))
+
+
+def barrier():
+    """Wait for everyone. (dist.barrier would wake the GPU: a sum of nothing on the CPU does as well.)"""
+    all_reduce(torch.zeros(()))
+
+
+def from_first(value):
+    """Rank 0's `value` on every rank: a path, a sentence, None. Pickled between our own processes only."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def end():
+    """Leave the process group, so that the processes may end at different moments."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

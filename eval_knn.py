@@ -1,0 +1,140 @@
+"""Weighted k-nearest-neighbour classification on frozen features: how good is a backbone, without training
+anything.
+
+    python eval_knn.py runs/laptop                       # a run folder: its own teacher, its own data
+    python eval_knn.py teacher.pth --train folder:/data/train --test folder:/data/test
+
+Prints top-1 accuracy for k = 10, 20, 100, 200, beside what any number must beat: chance, raw pixels, and the
+same architecture at random initialisation. Protocol of DINOv2: cosine similarity of [CLS], votes weighted by
+exp(sim / 0.07).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import config
+from config import UserError
+from data import open_source
+from features import EvalImages, batches, extract
+from model import VisionTransformer, describe, load_backbone
+
+KS, TEMPERATURE = (10, 20, 100, 200), 0.07
+
+
+def knn_scores(bank, bank_labels, queries, classes, ks=KS, temperature=TEMPERATURE, chunk=1024):
+    """bank (n, D), queries (m, D), both L2-normalised; labels (n,) -> {k: (m, classes)}, the mass of votes
+    per class.
+
+    The softmax runs over the largest k, and smaller k take the first of its weights (a fact of the published
+    protocol). A bank smaller than k simply has fewer neighbours.
+    """
+    ks = sorted({min(k, len(bank)) for k in ks})
+    scores = {k: [] for k in ks}
+    for q in queries.split(chunk):
+        similarity, neighbours = (q @ bank.T).topk(ks[-1])  # (chunk, largest k), nearest first
+        weights = F.softmax(similarity / temperature, dim=-1)
+        votes = F.one_hot(bank_labels[neighbours], classes) * weights.unsqueeze(
+            -1
+        )  # (chunk, largest k, classes)
+        for k in ks:
+            scores[k].append(votes[:, :k].sum(dim=1))
+    return {k: torch.cat(v) for k, v in scores.items()}
+
+
+def knn_accuracy(bank, bank_labels, queries, labels, ks=KS):
+    """Top-1 accuracy in 0...1 for each k; features need not be normalised."""
+    classes = int(max(bank_labels.max(), labels.max())) + 1
+    scores = knn_scores(F.normalize(bank, dim=-1), bank_labels, F.normalize(queries, dim=-1), classes, ks)
+    return {k: (s.argmax(-1) == labels).float().mean().item() for k, s in scores.items()}
+
+
+def pixels(images, side=32):
+    """Raw pixels as features (n, 3 side side), the mean image taken off: what no network at all can see."""
+    x, y = (torch.cat(parts) for parts in zip(*batches(images), strict=True))
+    small = [F.interpolate(part.float(), size=(side, side), mode="area") for part in x.split(1024)]
+    return torch.cat(small).flatten(1), y
+
+
+def knn_pixels(bank, queries, ks=KS):
+    """k-NN on raw pixels of two EvalImages -> {k: accuracy}."""
+    (x, y), (q, labels) = pixels(bank), pixels(queries)
+    mean = x.mean(0)
+    return knn_accuracy(x - mean, y, q - mean, labels, ks)
+
+
+def knn_backbone(backbone, bank, queries, ks=KS, batch_size=256, num_workers=0):
+    """k-NN on a backbone's [CLS] over two EvalImages -> {k: accuracy}."""
+    x, y, _ = extract(backbone, bank, batch_size, num_workers)
+    q, labels, _ = extract(backbone, queries, batch_size, num_workers)
+    return knn_accuracy(x, y, q, labels, ks)
+
+
+def chance(labels):
+    """The accuracy of always naming the most frequent class."""
+    return (labels.bincount().max() / len(labels)).item()
+
+
+def eval_sets(cfg, train_path="", test_path="", limit=0):
+    """Bank and queries as the config says: (EvalImages, EvalImages)."""
+    paths = train_path or cfg.evaluation.train_path, test_path or cfg.evaluation.test_path
+    if not all(paths):
+        raise UserError(
+            "no labelled images to evaluate on: give --train and --test, or evaluation.train_path and .test_path"
+        )
+    size = cfg.evaluation.image_size or cfg.crops.global_crops_size
+    resize = cfg.evaluation.resize_size or size
+    bank, queries = (EvalImages(open_source(p), size, resize, limit) for p in paths)
+    for images, path in ((bank, paths[0]), (queries, paths[1])):
+        if images.dataset.classes is None:
+            raise UserError(f"{path} has no labels (no class sub-folders): k-NN needs labelled images")
+    return bank, queries
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("weights", help="a run folder, a teacher.pth or a released .pth")
+    parser.add_argument(
+        "--train", default="", help="the labelled bank, e.g. folder:/data/train (default: the run's own)"
+    )
+    parser.add_argument("--test", default="", help="the labelled queries (default: the run's own)")
+    parser.add_argument(
+        "--image-size", type=int, default=0, help="side of the square the network sees, in pixels"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, help="use only so many images of each set, evenly spread"
+    )
+    args = parser.parse_args()
+    backbone = load_backbone(args.weights)
+    own = Path(args.weights) / "config.yaml"
+    if own.is_file():
+        cfg = config.load(file=own)
+    else:  # a file without a run around it: the published protocol, 224 out of 256
+        cfg = config.load()
+        cfg.evaluation.image_size, cfg.evaluation.resize_size = 224, 256
+    if args.image_size:
+        cfg.evaluation.image_size = cfg.evaluation.resize_size = args.image_size
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bank, queries = eval_sets(cfg, args.train, args.test, args.limit)
+    print(f"{args.weights}: {describe(backbone)}; {len(bank)} images in the bank, {len(queries)} queries")
+    workers = cfg.train.num_workers
+    torch.manual_seed(0)
+    rows = {"this backbone": knn_backbone(backbone.to(device), bank, queries, num_workers=workers),
+            "random initialisation": knn_backbone(VisionTransformer(**backbone.arch).to(device), bank, queries,
+                                                  num_workers=workers),
+            "raw pixels": knn_pixels(bank, queries)}  # fmt: skip
+    print(f"{'top-1 accuracy':22s}" + "".join(f"  k={k:<5d}" for k in rows["raw pixels"]))
+    for name, row in rows.items():
+        print(f"{name:22s}" + "".join(f"  {a:<7.3f}" for a in row.values()))
+    labels = torch.cat([y for _, y in batches(queries)])
+    print(f"{'chance':22s}  {chance(labels):.3f}")
+    for image in bank.bad + queries.bad:
+        print("skipped", image)
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,460 @@
+"""The Vision Transformer with register tokens, and the DINO head. All of the network is in this file.
+
+What is unusual here, compared with a textbook ViT:
+- register tokens sit between [CLS] and the patches and have no position (Darcet et al. 2023, "Vision
+  Transformers Need Registers"); the order is [CLS, registers x R, patches x N];
+- several resolutions run in one pass (`forward_crops`): the tokens of all crops are laid end to end, so that
+  norms, linears and MLPs see one large matrix, and only attention looks at one group of equal length at a
+  time;
+- stochastic depth drops whole images from the *computation* of a branch, not only from its result (DINOv2
+  section 5);
+- parameter names are DINOv2's own, so that Meta's released files load with strict=True and without renaming.
+
+Legend, used in every file: B images, V views, N patches, R registers, D width, H heads, K prototypes, M
+masked patches, L local crops, T tokens of all crops together. Sizes of a ViT-B/16 with 4 registers at 224 px
+(`python model.py`): 3 x 224 x 224 -> 196 patches -> 201 tokens x 768 -> cls 768, registers 4 x 768, patches
+196 x 768 -> head 65,536.
+"""
+
+import math
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import UserError, run
+
+SIZES = {  # DINOv2 Table 17 (which prints 18 blocks for B: a misprint, code and weights have 12)
+    "vit_laptop": dict(
+        embed_dim=96, depth=4, num_heads=3
+    ),  # ours: learns something in five minutes on two CPU cores
+    "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
+    "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
+    "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),
+    "vit_giant2": dict(
+        embed_dim=1536, depth=40, num_heads=24
+    ),  # 24 heads of 64, not 16 of 88: kernels like 64
+}
+
+
+class Tokens(NamedTuple):
+    """What a backbone says about a batch of images: the one contract that everything downstream speaks."""
+
+    cls: torch.Tensor  # (B, D)    the image
+    registers: torch.Tensor  # (B, R, D) scratch space, to be thrown away
+    patches: torch.Tensor  # (B, N, D) one vector per patch, row by row
+
+
+# ---------------------------------------------------------------- layers
+
+
+def attention(qkv, groups):
+    """softmax(q k' / sqrt(d)) v, inside each sequence. qkv (T, 3, H, d), groups [(sequences, length), ...] ->
+    (T, H, d).
+
+    Sequences of one group have equal length, so a group is a dense batch: no padding, no mask, no wasted
+    work.
+    """
+    outputs, start = [], 0
+    for count, length in groups:
+        part = qkv[start : start + count * length].view(count, length, *qkv.shape[1:])
+        q, k, v = part.permute(2, 0, 3, 1, 4)  # each (count, H, length, d)
+        out = F.scaled_dot_product_attention(q, k, v)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (count * length, H, d)
+        start += count * length
+    return torch.cat(outputs)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)  # rows ordered (q | k | v), each (H, d)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, groups):
+        T, D = x.shape
+        qkv = self.qkv(x).view(T, 3, self.num_heads, D // self.num_heads)
+        return self.proj(attention(qkv, groups).reshape(T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))  # the exact (erf) GELU: tanh is off by 1e-4 on released weights
+
+
+class SwiGLU(nn.Module):
+    """silu(a) * b with (a | b) = w12 x (Shazeer 2020); two thirds of the MLP's width keeps the parameter count."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8  # S 1024, B 2048, L 2736, g 4096
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel on each branch; starting near zero keeps deep models calm (Touvron et al. 2021)."""
+
+    def __init__(self, dim, init):
+        super().__init__()
+        self.init = init
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+def drop_path(x, groups, branch, rate):
+    """x + branch(x) for a random subset of the images, x for the others (DINOv2 section 5, "efficient
+    stochastic depth").
+
+    The dropped images are not computed at all: at rate 0.4 a block costs 40 % less. Each group (crop size)
+    draws its own subset of k = max(floor(b (1 - rate)), 1) images, and the residual is scaled by b / k, so
+    its expectation is unchanged. x (T, D), groups [(b, length), ...] -> (T, D).
+    """
+    rows, scales, kept_groups, start = [], [], [], 0
+    for b, length in groups:
+        k = max(int(b * (1 - rate)), 1)
+        kept = torch.randperm(b, device=x.device)[:k]
+        tokens = start + kept[:, None] * length + torch.arange(length, device=x.device)  # (k, length)
+        rows.append(tokens.flatten())
+        scales.append(x.new_full((k * length, 1), b / k))
+        kept_groups.append((k, length))
+        start += b * length
+    rows = torch.cat(rows)
+    residual = branch(x[rows], kept_groups) * torch.cat(scales)
+    return x.index_add(0, rows, residual.to(x.dtype))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on laid-out tokens (T, D): x + ls1(attn(norm1 x)), then x + ls2(mlp(norm2 x))."""
+
+    def __init__(self, dim, num_heads, ffn_layer, layerscale, drop_path_rate):
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.ls1 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim) if ffn_layer == "mlp" else SwiGLU(dim, 4 * dim)
+        self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+
+    def attention_branch(self, x, groups):
+        return self.ls1(self.attn(self.norm1(x), groups))
+
+    def mlp_branch(self, x, groups):
+        return self.ls2(self.mlp(self.norm2(x)))
+
+    def forward(self, x, groups):
+        for branch in (self.attention_branch, self.mlp_branch):
+            if self.training and self.drop_path_rate > 0:
+                x = drop_path(x, groups, branch, self.drop_path_rate)  # a fresh subset for each branch
+            else:
+                x = x + branch(x, groups)
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into p x p patches and maps each linearly to D numbers: a convolution whose stride is its size."""
+
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images):  # (B, 3, h p, w p) -> (B, h w, D), row by row
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+# ---------------------------------------------------------------- the backbone
+
+
+class VisionTransformer(nn.Module):
+    """The backbone: images (B, 3, h p, w p), float, ImageNet-normalised -> Tokens after the final norm.
+
+    `img_size` only fixes the native grid of the position embedding; any size divisible by the patch goes in,
+    and the embedding is interpolated. `layerscale` 0 leaves LayerScale out (DINOv1). Two modes of
+    interpolation exist in the released weights: `interpolate_offset` 0.1 without antialias (no registers),
+    0.0 with antialias (registers). The wrong one costs 3-8 % of a feature's magnitude.
+    """
+
+    def __init__(self, embed_dim, depth, num_heads, patch_size=14, img_size=518, num_register_tokens=0, ffn_layer="mlp",
+                 layerscale=1e-5, drop_path_rate=0.0, drop_path_uniform=True, interpolate_antialias=False,
+                 interpolate_offset=0.1):  # fmt: skip
+        super().__init__()
+        self.arch = {
+            k: v for k, v in locals().items() if k not in ("self", "__class__") and "drop_path" not in k
+        }
+        self.embed_dim, self.patch_size, self.num_register_tokens = embed_dim, patch_size, num_register_tokens
+        self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
+        if num_register_tokens:  # absent without registers, as in the released files
+            self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        rates = [
+            drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1)
+            for i in range(depth)
+        ]
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, ffn_layer, layerscale, r) for r in rates])
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.init_weights()
+
+    def init_weights(self):
+        """As the authors': truncated normals of 0.02, tokens almost zero; the patch convolution keeps PyTorch's default."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.num_register_tokens:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        nn.init.zeros_(self.mask_token)
+        self.patch_embed.proj.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, module.init)
+
+    def interpolate_pos_embed(self, h, w):
+        """The position embedding for a grid of h x w patches: (1, 1 + h w, D), bicubic, in fp32."""
+        N, D = self.pos_embed.shape[1] - 1, self.embed_dim
+        M = math.isqrt(N)  # native grid M x M
+        if (h, w) == (M, M):
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].float().reshape(1, M, M, D).permute(0, 3, 1, 2)  # (1, D, M, M)
+        how = dict(mode="bicubic", align_corners=False, antialias=self.interpolate_antialias)
+        if (
+            self.interpolate_offset
+        ):  # the offset shifts the sampling grid too, so size= would not be the same thing
+            factor = ((h + self.interpolate_offset) / M, (w + self.interpolate_offset) / M)
+            grid = F.interpolate(grid, scale_factor=factor, **how)
+        else:
+            grid = F.interpolate(grid, size=(h, w), **how)
+        patches = grid.permute(0, 2, 3, 1).reshape(1, h * w, D).to(self.pos_embed.dtype)
+        return torch.cat([self.pos_embed[:, :1], patches], dim=1)
+
+    def embed(self, images, masks=None):
+        """images (B, 3, h p, w p), masks (B, N) bool or None -> tokens (B, 1 + R + N, D)."""
+        B, _, height, width = images.shape
+        p = self.patch_size
+        if height % p or width % p:
+            raise UserError(f"an image of {width} x {height} does not divide into patches of {p} x {p}: "
+                            f"crop or pad it to {max(width // p, 1) * p} x {max(height // p, 1) * p}")  # fmt: skip
+        x = self.patch_embed(images)
+        if masks is not None:  # before the position is added: a masked patch still knows where it is
+            x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)
+        x = x + self.interpolate_pos_embed(height // p, width // p)
+        if self.num_register_tokens:  # after the position: registers have none
+            x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], dim=1)
+        return x
+
+    def forward_crops(self, images, masks=None):
+        """Several batches of images of different sizes in one pass.
+
+        images: list of (B_i, 3, h_i p, w_i p); masks: list of (B_i, N_i) bool or None -> list of Tokens.
+        """
+        embedded = [self.embed(x, m) for x, m in zip(images, masks or [None] * len(images), strict=True)]
+        groups = [tuple(x.shape[:2]) for x in embedded]
+        x = torch.cat([x.flatten(0, 1) for x in embedded])  # (T, D): all tokens of all crops, end to end
+        for block in self.blocks:
+            x = block(x, groups)
+        return self.split(self.norm(x), groups)
+
+    def split(self, x, groups):
+        """(T, D) -> Tokens per group."""
+        R = self.num_register_tokens
+        parts = [
+            part.view(b, n, -1)
+            for part, (b, n) in zip(x.split([b * n for b, n in groups]), groups, strict=True)
+        ]
+        return [Tokens(part[:, 0], part[:, 1 : 1 + R], part[:, 1 + R :]) for part in parts]
+
+    def forward(self, images, masks=None):
+        """images (B, 3, h p, w p), masks (B, N) bool or None -> Tokens."""
+        return self.forward_crops([images], [masks])[0]
+
+    def intermediate(self, images, layers, norm=True):
+        """The outputs of chosen blocks (0-based ids), after the final norm or raw -> list of Tokens."""
+        x = self.embed(images)
+        groups, wanted = [tuple(x.shape[:2])], {}
+        x = x.flatten(0, 1)
+        for i, block in enumerate(self.blocks):
+            x = block(x, groups)
+            if i in layers:
+                wanted[i] = self.split(self.norm(x) if norm else x, groups)[0]
+        return [wanted[i] for i in layers]
+
+
+# ---------------------------------------------------------------- the head
+
+
+class WeightNormLinear(nn.Module):
+    """y = g v / |v| x, row by row, without bias. A prototype is a direction v with a length g (Salimans & Kingma 2016)."""
+
+    def __init__(self, in_dim, out_dim, freeze_g=False):
+        super().__init__()
+        self.weight_g = nn.Parameter(
+            torch.ones(out_dim, 1), requires_grad=not freeze_g
+        )  # DINOv1 froze it; DINOv2 trains it
+        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
+
+    def forward(self, x):
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=-1, eps=0))
+
+
+class DINOHead(nn.Module):
+    """Features (M, D) -> logits (M, K): an MLP, then cosine similarity with K prototypes (times their learned length)."""
+
+    def __init__(self, in_dim, out_dim, nlayers=3, hidden_dim=2048, bottleneck_dim=256, freeze_g=False):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (nlayers - 1) + [bottleneck_dim]
+        layers = [nn.Linear(a, b) for a, b in zip(dims, dims[1:], strict=False)]
+        spaced = [m for layer in layers for m in (layer, nn.GELU())][:-1]  # GELU between, none after the last
+        self.mlp = nn.Sequential(*spaced) if nlayers > 1 else layers[0]  # keys mlp.0/2/4.*, or mlp.* alone
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, freeze_g)
+        self.init_weights()
+
+    def init_weights(self):
+        for module in self.mlp.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        bound = self.last_layer.weight_v.shape[1] ** -0.5  # nn.Linear's default, as in the authors' code
+        nn.init.uniform_(self.last_layer.weight_v, -bound, bound)
+        nn.init.ones_(self.last_layer.weight_g)
+
+    def forward(self, x):
+        x = self.mlp(x)
+        eps = 1e-6 if x.dtype == torch.float16 else 1e-12
+        return self.last_layer(F.normalize(x, dim=-1, eps=eps))
+
+
+class DINOv2(nn.Module):
+    """A backbone with its heads: what the student is, and what the teacher is a slow copy of.
+
+    Without a separate iBOT head, [CLS] and patches share one (the published default).
+    """
+
+    def __init__(self, cfg, drop_path_rate=0.0):
+        super().__init__()
+        s = cfg.student
+        self.backbone = VisionTransformer(
+            **SIZES[s.arch], patch_size=s.patch_size, img_size=s.pos_embed_size or cfg.crops.global_crops_size,
+            num_register_tokens=s.num_register_tokens, ffn_layer=s.ffn_layer, layerscale=s.layerscale,
+            drop_path_rate=drop_path_rate, drop_path_uniform=s.drop_path_uniform,
+            interpolate_antialias=s.interpolate_antialias, interpolate_offset=s.interpolate_offset)  # fmt: skip
+        for name, c in (("dino_head", cfg.dino), ("ibot_head", cfg.ibot)):
+            if name == "ibot_head" and not cfg.ibot.separate_head:
+                continue
+            head = DINOHead(self.backbone.embed_dim, c.head_n_prototypes, c.head_nlayers, c.head_hidden_dim,
+                            c.head_bottleneck_dim, freeze_g=cfg.dino.freeze_weight_g)  # fmt: skip
+            setattr(self, name, head)
+
+    def heads(self, cls, masked_patches):
+        """cls (n, D), masked_patches (M, D) -> logits (n, K), (M, K). A shared head runs once over both."""
+        if hasattr(self, "ibot_head"):
+            return self.dino_head(cls), self.ibot_head(masked_patches)
+        return self.dino_head(torch.cat([cls, masked_patches])).split([len(cls), len(masked_patches)])
+
+
+# ---------------------------------------------------------------- weights from files
+
+
+def read_weights(path):
+    """The tensors of a weights file, never running code from it: {name: tensor}, and what the file says of itself."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "teacher.pth"
+    if not path.is_file():
+        raise UserError(f"no weights at {path}: give a run folder that has a teacher.pth, or a .pth file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a pickle that wants to run code, a truncated zip, an HTML page saved as .pth ...
+        kind = "is damaged or incomplete" if zipfile.is_zipfile(path) else "is no file of plain tensors"
+        raise UserError(f"{path} {kind} ({type(e).__name__}): download or export it again") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not named tensors: it is no weights file")
+    tensors = content.get("teacher", content)
+    arch = content.get("arch") or {}
+    backbone = {k.removeprefix("backbone."): v for k, v in tensors.items() if "head." not in k}
+    return backbone, arch
+
+
+def architecture(tensors, arch, path):
+    """Constructor arguments of the backbone that these tensors belong to, from their names and shapes."""
+    try:
+        D, _, p, _ = tensors["patch_embed.proj.weight"].shape
+        R = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
+        inferred = dict(
+            embed_dim=D, patch_size=p, num_register_tokens=R,
+            depth=1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")),
+            num_heads=D // 64,  # the shapes don't show it; all released models have heads of 64
+            img_size=p * math.isqrt(tensors["pos_embed"].shape[1] - 1),
+            ffn_layer="swiglu" if "blocks.0.mlp.w12.weight" in tensors else "mlp",
+            layerscale=1.0 if "blocks.0.ls1.gamma" in tensors else 0,
+            interpolate_antialias=R > 0, interpolate_offset=0.0 if R else 0.1)  # fmt: skip
+    except (KeyError, ValueError) as e:
+        raise UserError(
+            f"{path} holds no DINOv2 backbone: it lacks {e}; its first names are {list(tensors)[:3]}"
+        ) from e
+    return {**inferred, **arch}
+
+
+def load_backbone(source):
+    """A frozen backbone in eval mode from a run folder, a teacher.pth or a released .pth (always strict)."""
+    tensors, arch = read_weights(source)
+    backbone = VisionTransformer(**architecture(tensors, arch, source))
+    expected = backbone.state_dict()
+    wrong = [k for k in expected if k not in tensors or tensors[k].shape != expected[k].shape]
+    wrong += [k for k in tensors if k not in expected]
+    if wrong:
+        raise UserError(
+            f"{source} is not the {describe(backbone)} that it looks like; first differing tensors: {wrong[:3]}"
+        )
+    backbone.load_state_dict(tensors, strict=True)
+    return backbone.eval().requires_grad_(False)
+
+
+def describe(backbone):
+    """'ViT of width 384, depth 12, patch 14, 4 registers, mlp' for messages."""
+    a = backbone.arch
+    return (f"ViT of width {a['embed_dim']}, depth {a['depth']}, patch {a['patch_size']}, "
+            f"{a['num_register_tokens']} registers, {a['ffn_layer']}")  # fmt: skip
+
+
+def main():
+    """Prints the table of sizes and the dimensions of a ViT-B/16 with four registers on their way through the network."""
+    with torch.device("meta"):  # shapes without memory
+        for arch, size in SIZES.items():
+            ffn = "swiglufused" if arch == "vit_giant2" else "mlp"
+            counts = [sum(p.numel() for p in VisionTransformer(**size, num_register_tokens=r, ffn_layer=ffn).parameters())
+                      for r in (0, 4)]  # fmt: skip
+            print(f"{arch:11s} width {size['embed_dim']:5d}  depth {size['depth']:3d}  heads {size['num_heads']:3d}  "
+                  f"parameters at 518 px, patch 14: {counts[0]:13,d}, with 4 registers {counts[1]:13,d}")  # fmt: skip
+        model = VisionTransformer(**SIZES["vit_base"], patch_size=16, img_size=224, num_register_tokens=4)
+        images = torch.empty(1, 3, 224, 224)
+        tokens = model(images)
+        logits = DINOHead(768, 65536)(tokens.cls)
+        print(f"vit_base/16 at 224 px: image {tuple(images.shape[1:])} -> {tokens.patches.shape[1]} patches -> "
+              f"{model.embed(images).shape[1]} tokens x {model.embed_dim} -> cls {tokens.cls.shape[1]}, registers "
+              f"{tuple(tokens.registers.shape[1:])}, patches {tuple(tokens.patches.shape[1:])} -> head {logits.shape[1]:,}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)

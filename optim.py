@@ -1,0 +1,94 @@
+"""Everything that moves weights: parameter groups, the five schedules, gradient clipping, the teacher's
+moving average.
+
+What is unusual here: a schedule is a pure function of the step (no state to save, nothing to replay on
+resume), and "epoch" is the published convention of OFFICIAL_EPOCH_LENGTH steps, whatever the size of the data
+set.
+"""
+
+import math
+
+import torch
+
+
+def multipliers(name, depth, layerwise_decay, patch_embed_lr_mult):
+    """(lr multiplier, weight-decay multiplier, is it the head's last layer?) of one parameter, by its name.
+
+    Early layers learn more slowly: tokens and patch embedding d^(n+1), block i d^(n-i), final norm and heads
+    1. The patch embedding gets another factor of 0.2. No decay on biases, norms and LayerScale, and on
+    nothing else is it left out: position embedding, tokens and prototypes do decay (facts of the published
+    code, not of the paper).
+    """
+    lr, wd = 1.0, 1.0
+    tokens = ("pos_embed", "cls_token", "mask_token", "register_tokens", "patch_embed")
+    if any(t in name for t in tokens):
+        lr = layerwise_decay ** (depth + 1)
+    elif "blocks." in name:
+        i = int(name.split("blocks.")[1].split(".")[0])
+        lr = layerwise_decay ** (depth - i)
+    if "patch_embed" in name:
+        lr *= patch_embed_lr_mult
+    if name.endswith(".bias") or "norm" in name or "gamma" in name:
+        wd = 0.0
+    return lr, wd, "last_layer" in name
+
+
+def make_optimizer(student, cfg):
+    """AdamW over the student's parameters, grouped by equal multipliers; lr and weight decay are set at every step."""
+    o, depth, groups = cfg.optim, len(student.backbone.blocks), {}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            key = multipliers(name, depth, o.layerwise_decay, o.patch_embed_lr_mult)
+            groups.setdefault(key, []).append(parameter)
+    groups = [dict(params=p, lr_mult=lr, wd_mult=wd, last=last) for (lr, wd, last), p in groups.items()]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(o.adamw_beta1, o.adamw_beta2), fused=True)
+
+
+def cosine(step, start, end, total, warmup=0):
+    """Linear from 0 to `start` over `warmup` steps (both ends included), then half a cosine towards `end`.
+
+    The published form, to the last digit: the warm-up holds its peak twice, and step `total` - 1 has not
+    quite arrived.
+    """
+    if step < warmup:
+        return start * step / max(warmup - 1, 1)
+    if step >= total:
+        return end
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def schedule(cfg, step, world_size=1):
+    """The five numbers of a step: lr, last_layer_lr, weight_decay, momentum (of the EMA), teacher_temp (DINOv2 Table 16)."""
+    o, t, epoch = cfg.optim, cfg.teacher, cfg.train.OFFICIAL_EPOCH_LENGTH
+    total = round(o.epochs * epoch)
+    batch = cfg.train.batch_size_per_gpu * cfg.train.accumulate * world_size  # images of one step, not crops
+    peak = o.base_lr * math.sqrt(batch / 1024) if o.scaling_rule == "sqrt_wrt_1024" else o.base_lr
+    lr = cosine(step, peak, o.min_lr, total, round(o.warmup_epochs * epoch))
+    warm = round(t.warmup_teacher_temp_epochs * epoch)
+    progress = min(step / max(warm - 1, 1), 1.0) if step < warm else 1.0
+    return dict(
+        lr=lr,
+        last_layer_lr=0.0 if step < o.freeze_last_layer_epochs * epoch else lr,
+        weight_decay=cosine(step, o.weight_decay, o.weight_decay_end, total),
+        momentum=cosine(step, t.momentum_teacher, t.final_momentum_teacher, total),
+        teacher_temp=t.warmup_teacher_temp + (t.teacher_temp - t.warmup_teacher_temp) * progress,
+    )
+
+
+def set_rates(optimizer, now):
+    """Write this step's learning rates and weight decay into the optimizer's groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = (now["last_layer_lr"] if group["last"] else now["lr"]) * group["lr_mult"]
+        group["weight_decay"] = now["weight_decay"] * group["wd_mult"]
+
+
+def clip_gradients(student, max_norm):
+    """Clip the norm of backbone and heads separately (not jointly) to max_norm -> {module: norm before clipping}."""
+    return {f"grad_{name}": torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+            for name, module in student.named_children()}  # fmt: skip
+
+
+@torch.no_grad()
+def update_teacher(teacher, student, momentum):
+    """teacher <- m teacher + (1 - m) student, backbone and heads: one fused pass over all tensors."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

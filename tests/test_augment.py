@@ -1,0 +1,237 @@
+"""The crops and their colours against Pillow, operation by operation; and the race against it: `bench`."""
+
+import os
+import tempfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+import config
+from data import (
+    AFTER,
+    JITTER,
+    MEAN,
+    STD,
+    Crops,
+    Images,
+    cut,
+    decode,
+    draw,
+    draw_boxes,
+    photometric,
+    to_tensor,
+)
+
+
+def photo(width=500, height=375, seed=0):
+    """Noise whose spectrum falls as a photo's does, with some fine grain: a picture of natural smoothness."""
+    rng, image = np.random.default_rng(seed), np.zeros((height, width, 3))
+    for k in (2, 4, 8, 16, 32, 64, 128, 256, width):
+        for channels in (slice(0, 3), 0, 1, 2):  # what the channels share, then what they don't
+            noise = Image.fromarray(
+                rng.normal(0, k**-0.6, (max(2, k * height // width), k)).astype(np.float32)
+            )
+            noise = np.asarray(noise.resize((width, height), Image.BICUBIC))
+            image[..., channels] += noise[..., None] * 1.5 if channels == slice(0, 3) else noise
+    image -= np.percentile(image, 1)
+    return Image.fromarray((255 * image / np.percentile(image, 99)).clip(0, 255).astype(np.uint8))
+
+
+def pillow_hue(image, shift):
+    h, s, v = image.convert("HSV").split()
+    h = Image.fromarray(np.asarray(h) + np.int32(shift * 255).astype(np.uint8))
+    return Image.merge("HSV", (h, s, v)).convert("RGB")
+
+
+PILLOW_JITTER = (
+    lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
+    lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
+    lambda image, factor: ImageEnhance.Color(image).enhance(factor),
+    pillow_hue,
+)
+PILLOW_AFTER = (
+    lambda image, _: ImageOps.grayscale(image).convert("RGB"),
+    lambda image, sigma: image.filter(ImageFilter.GaussianBlur(sigma)),
+    lambda image, _: ImageOps.solarize(image, 128),
+)
+
+
+def pillow_crop(image, box, size, flip, row):
+    """One crop as the published pipeline makes it -> float32 (3, size, size)."""
+    left, top, w, h = map(int, box)
+    image = image.crop((left, top, left + w, top + h)).resize((size, size), Image.BICUBIC)
+    image = ImageOps.mirror(image) if flip else image
+    for k in np.argsort(row[4:8]) if row[4] >= 0 else ():
+        image = PILLOW_JITTER[k](image, float(row[k]))
+    for k in range(3):
+        image = PILLOW_AFTER[k](image, float(row[8 + k])) if row[8 + k] else image
+    image = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+    return image.sub_(torch.tensor(MEAN).view(3, 1, 1)).div_(torch.tensor(STD).view(3, 1, 1))
+
+
+def bytes_of(image):
+    return to_tensor(image).float()
+
+
+def apply(operation, image, value):
+    x = to_tensor(image)[None].contiguous().float() / 255
+    return operation(x, torch.full((1, 1, 1, 1), value))[0] * 255
+
+
+@pytest.mark.parametrize("size", [224, 98])
+@pytest.mark.parametrize(
+    "k,value", [(0, 0.6), (0, 1.4), (1, 0.6), (1, 1.4), (2, 0.8), (2, 1.2), (3, -0.1), (3, 0.07), (3, 0.5)]
+)
+def test_jitter_agrees_with_pillow(k, value, size):
+    image = photo(size, size, seed=size)
+    difference = (apply(JITTER[k], image, value) - bytes_of(PILLOW_JITTER[k](image, value))).abs()
+    assert difference.mean() < 2 and difference.quantile(0.99) < 6
+
+
+@pytest.mark.parametrize("k,value", [(0, 1.0), (2, 1.0), (1, 0.6), (1, 1.0), (1, 1.4), (1, 2.0)])
+def test_grayscale_blur_solarize_agree_with_pillow(k, value):
+    """Pillow blurs with repeated box filters and repeated edge pixels: compare blur inside the frame."""
+    image = photo(224, 224, seed=3)
+    difference = (apply(AFTER[k], image, value) - bytes_of(PILLOW_AFTER[k](image, value))).abs()
+    assert difference[:, 8:-8, 8:-8].mean() < 2
+
+
+def test_blur_is_the_nine_tap_gaussian():
+    """Against an exact convolution in float64 with mirrored edges: torchvision's definition, kernel size 9."""
+    x, sigma = np.random.default_rng(0).random((20, 17)), 1.3
+    taps = np.exp(-0.5 * (np.arange(-4, 5) / sigma) ** 2)
+    kernel = np.outer(taps, taps) / taps.sum() ** 2
+    padded = np.pad(x, 4, mode="reflect")
+    expected = np.array(
+        [[(padded[i : i + 9, j : j + 9] * kernel).sum() for j in range(17)] for i in range(20)]
+    )
+    ours = AFTER[1](torch.from_numpy(x).float().expand(2, 3, 20, 17).clone(), torch.tensor([sigma, 0.1]))
+    np.testing.assert_allclose(ours[0, 1], expected, atol=1e-6)
+    np.testing.assert_allclose(ours[1, 2], x, atol=1e-6)  # sigma .1 changes nothing
+
+
+@pytest.mark.parametrize(
+    "box", [(50, 40, 350, 300), (10, 20, 130, 110), (100, 100, 40, 50), (0, 0, 500, 375)]
+)
+def test_cut_agrees_with_pillow(box):
+    image, (left, top, w, h) = photo(), box
+    for size in (224, 98):
+        expected = image.crop((left, top, left + w, top + h)).resize((size, size), Image.BICUBIC)
+        difference = (cut(to_tensor(image), np.array(box), size, False).float() - bytes_of(expected)).abs()
+        assert difference.max() <= 2 and difference.mean() < 0.05
+        flipped = cut(to_tensor(image), np.array(box), size, True)
+        assert torch.equal(flipped, cut(to_tensor(image), np.array(box), size, False).flip(-1))
+
+
+def draws(count, crops, width=500, height=375):
+    rng = np.random.default_rng(0)
+    return [np.stack(x) for x in zip(*(draw(rng, crops, width, height) for _ in range(count)))]
+
+
+@pytest.mark.parametrize("size,batch", [(224, 3), (98, 40), (32, 200)])
+def test_whole_chain_agrees_with_pillow(size, batch):
+    """All operations in their random orders, batched or one by one, against the image-by-image pipeline."""
+    crops = config.load().crops
+    rows = draws(batch, crops)[2][:, 1]  # the second crop: it alone is solarized
+    rows[:, 9] = 0  # blur is another filter in Pillow; it has its own test
+    images = [photo(size, size, seed=k % 5) for k in range(batch)]
+    ours = photometric(torch.stack([to_tensor(x) for x in images]), torch.from_numpy(rows))
+    whole = (0, 0, size, size)
+    expected = torch.stack([pillow_crop(x, whole, size, False, row) for x, row in zip(images, rows)])
+    difference = (ours - expected).abs() * torch.tensor(STD).view(3, 1, 1) * 255
+    # A solarized pixel near the threshold may fall on either side: the jump is large there, so look at the mean.
+    assert difference.mean() < 2 and difference.median() < 1.5
+
+
+def test_batching_changes_nothing():
+    rows = torch.from_numpy(draws(60, config.load().crops)[2][:, 1])
+    images = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8)
+    alone = torch.cat([photometric(images[i : i + 1], rows[i : i + 1]) for i in range(60)])
+    torch.testing.assert_close(photometric(images, rows), alone, atol=1e-5, rtol=0)
+    channels_last = images.to(memory_format=torch.channels_last)
+    assert torch.equal(photometric(channels_last, rows), photometric(images, rows))
+
+
+def test_probabilities_and_ranges():
+    crops = config.load().crops
+    boxes, flips, params = draws(2000, crops)
+    near = lambda x, p: abs(np.mean(x) - p) < 0.04  # noqa: E731
+    assert near(flips, 0.5) and near(params[..., 4] >= 0, 0.8) and near(params[..., 8], 0.2)
+    blurred, solarized = params[..., 9] > 0, params[..., 10] > 0
+    assert not blurred[:, 0].any() and near(blurred[:, 1], 0.9) and near(blurred[:, 2:], 0.5)
+    assert near(solarized[:, 1], 0.2) and not solarized[:, [0, *range(2, 10)]].any()
+    for k, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
+        assert low <= params[..., k].min() < low + 0.01 and high - 0.01 < params[..., k].max() <= high
+    assert 0.1 <= params[..., 9][blurred].min() and params[..., 9].max() <= 2
+    turns = params[..., 4:8][params[..., 4] >= 0]
+    assert (np.sort(turns, axis=1) == np.arange(4)).all()  # every order, each as often as the others
+    assert len(np.unique(turns, axis=0)) == 24 and all(near(turns[:, k] == 0, 0.25) for k in range(4))
+    share = boxes[..., 2] * boxes[..., 3] / (500 * 375)
+    assert 0.31 < share[:, :2].min() and 0.045 < share[:, 2:].min() and share[:, 2:].max() < 0.33
+    aspect = boxes[..., 2] / boxes[..., 3]
+    assert 0.72 < aspect.min() and aspect.max() < 1.37
+
+
+@pytest.mark.parametrize("blur,expected", [("as_written", (1, 0.1, 0.5)), ((0.3, 0.6, 0.0), (0.3, 0.6, 0.0))])
+def test_blur_settings(blur, expected):
+    crops = config.load().crops
+    crops.blur = blur
+    params = draws(1000, crops)[2]
+    share = (params[:, 0, 9] > 0).mean(), (params[:, 1, 9] > 0).mean(), (params[:, 2:, 9] > 0).mean()
+    assert np.abs(np.array(share) - expected).max() < 0.06
+
+
+@pytest.mark.parametrize("width,height", [(1, 20000), (20000, 1), (1, 1), (3000, 40), (32, 32)])
+def test_boxes_fit_any_image(width, height):
+    """Where no aspect ratio in 3/4..4/3 fits, the largest centred box that keeps to it is taken."""
+    scale = np.array([[0.32, 1.0]] * 200 + [[0.05, 0.32]] * 200)
+    left, top, w, h = draw_boxes(np.random.default_rng(0), scale, width, height).T
+    assert (w >= 1).all() and (h >= 1).all() and (left >= 0).all() and (top >= 0).all()
+    assert (left + w <= width).all() and (top + h <= height).all()
+    if (width, height) == (3000, 40):
+        assert ((w == 53) & (h == 40) & (left == (3000 - 53) // 2)).sum() > 100
+
+
+def test_boxes_are_uniform_in_place():
+    boxes = draw_boxes(np.random.default_rng(0), np.array([[0.05, 0.32]] * 4000), 500, 375)
+    room = 500 - boxes[:, 2]
+    assert abs((boxes[:, 0] / room).mean() - 0.5) < 0.02 and (boxes[:, 0] <= room).all()
+
+
+def bench(rounds=12):
+    """A 500 x 375 JPEG to 2 x 224 + 8 x 98 float crops, ours and Pillow's in turn, on one thread.
+
+    Prints images/s of one core: the best of the rounds, since other programs can only make a round slower.
+    """
+    torch.set_num_threads(1)
+    sizes = ["student.patch_size=14", "crops.local_crops_size=98", "train.batch_size_per_gpu=8"]
+    cfg, seconds = config.load(overrides=sizes), dict(ours=[], worker=[], pillow=[])
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "photo.jpg")
+        photo().save(path, quality=90)
+        print(f"500 x 375 JPEG of {os.path.getsize(path) / 1000:.0f} KB")
+        crops = Crops(Images([(path, None, -1, 0)]), cfg)
+        for step in range(rounds):
+            start = time.perf_counter()
+            batch = crops[step, 0]
+            seconds["worker"].append((time.perf_counter() - start) / 8)
+            views = [photometric(x, params) for x, params in zip(batch["views"], batch["params"])]
+            seconds["ours"].append((time.perf_counter() - start) / 8)
+            start = time.perf_counter()
+            for i in range(8):
+                image, rng = decode(path, path), np.random.default_rng([step, i])
+                boxes, flips, rows = draw(rng, cfg.crops, *image.size)
+                views = [
+                    pillow_crop(image, boxes[v], 224 if v < 2 else 98, flips[v], rows[v]) for v in range(10)
+                ]
+            seconds["pillow"].append((time.perf_counter() - start) / 8)
+            del views
+    speed = {k: 1 / min(v) for k, v in seconds.items()}
+    print(
+        ", ".join(f"{k} {v:.0f}" for k, v in speed.items()), "images/s/core (worker: decode and crops alone)"
+    )
+    print(f"ours / pillow {speed['ours'] / speed['pillow']:.2f}")
+    return speed

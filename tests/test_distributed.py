@@ -1,0 +1,75 @@
+"""The collectives: no-ops when alone, and what they promise between two processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import distributed
+from config import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_alone_everything_is_a_no_op():
+    assert distributed.init("cpu") == torch.device("cpu") and not torch.distributed.is_initialized()
+    assert distributed.rank() == 0 and distributed.world_size() == 1
+    tensor = torch.ones(3)
+    assert distributed.all_reduce(tensor) is tensor and distributed.all_reduce(tensor, "max").sum() == 3
+    assert distributed.agree(True) is True and distributed.agree(0) is False
+    assert distributed.from_first("x") == "x"
+    distributed.barrier()
+    distributed.end()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_one_sentence():
+    assert distributed.init("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="speed.device"):
+        distributed.init("cuda")
+
+
+TWO = """
+import os, signal, sys, time, torch, config, distributed, runfolder
+
+def main():
+    distributed.init("cpu")
+    r = distributed.rank()
+    assert distributed.world_size() == 2
+    assert distributed.all_reduce(torch.tensor([1.0 + r])).item() == 3
+    assert distributed.all_reduce(torch.tensor([1.0 + r]), "max").item() == 2
+    assert distributed.agree(r == 1) and not distributed.agree(False)
+    assert distributed.from_first(f"rank {r}") == "rank 0"
+    # names chosen on each rank may differ: rank 0's counts
+    run = runfolder.RunFolder(f"{sys.argv[1]}/run{r}", config.Config().to_yaml())
+    assert run.path.name == "run0"
+    run.watch_signals()
+    run.log({"step": r})
+    if r == 1:  # one rank is told to stop, all know
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert distributed.agree(run.stop_requested)
+    run.close()
+    distributed.barrier()
+    try:
+        runfolder.RunFolder(sys.argv[1], "")  # has a stranger in it: all ranks refuse, none waits
+        return 70
+    except config.UserError:
+        distributed.end()
+        return 0
+
+config.run(main)
+"""
+
+
+def test_two_processes(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command += [str(tmp_path / "two.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run1").exists()
+    assert (tmp_path / "run0" / "metrics.jsonl").read_text() == '{"step": 0}\n'

@@ -1,0 +1,135 @@
+"""The run folder refuses what would spoil it, mends what a crash tore, and turns signals into a flag."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import config
+from config import UserError
+from runfolder import RunFolder
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = config.Config().to_yaml()
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_it_leaves_behind(tmp_path):
+    run = RunFolder(tmp_path / "runs" / "a", SETTINGS)
+    run.log({"step": 0, "loss": torch.tensor(1.5), "lr": np.float32(0.5), "entropy": math.nan})
+    run.result({"knn": 0.5, "bad": math.inf})
+    assert (run.path / "config.yaml").read_text() == SETTINGS and (run.path / "checkpoints").is_dir()
+    assert rows(run.path) == [{"step": 0, "loss": 1.5, "lr": 0.5, "entropy": None}]
+    assert json.loads((run.path / "result.json").read_text()) == {"knn": 0.5, "bad": None}
+    found = json.loads((run.path / "environment.json").read_text())
+    assert found["torch"] == torch.__version__ and found["processes"] == 1 and found["cpu"]
+    assert found["threads"] >= 1 and found["command"] and "git_commit" in found and "git_diff" in found
+    run.close()
+    assert not list(run.path.glob(".*.partial"))
+
+
+def test_another_config_is_refused_and_the_difference_named(tmp_path, capsys):
+    RunFolder(tmp_path, SETTINGS).close()
+    RunFolder(tmp_path, SETTINGS).close()  # the same settings: the run goes on
+    other = config.load(overrides=["optim.epochs=70", "speed.threads=3"]).to_yaml()
+    with pytest.raises(UserError, match=r"optim.epochs: 100.0 there, 70.0 now\)"):
+        RunFolder(tmp_path, other)
+    assert (tmp_path / "config.yaml").read_text() == SETTINGS
+    RunFolder(tmp_path, other, resume=True).close()
+    assert "optim.epochs" in capsys.readouterr().err and (tmp_path / "config.yaml").read_text() == other
+    RunFolder(tmp_path, other.replace("threads: 3", "threads: 1")).close()  # only speed: fine
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="no run folder"):
+        RunFolder(tmp_path, SETTINGS)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_config_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("dino: [")
+    with pytest.raises(UserError, match="unreadable"):
+        RunFolder(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("inside", ["", "runs/a"])
+def test_an_unwritable_folder_is_one_sentence(inside, tmp_path):
+    (tmp_path / "file").write_text("")  # chmod would not stop root
+    with pytest.raises(UserError, match="cannot be written"):
+        RunFolder(tmp_path / "file" / inside, SETTINGS)
+
+
+HOLD = """
+import sys, runfolder
+run = runfolder.RunFolder(sys.argv[1], "a: {b: 1}")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def hold(path):
+    command, environment = [sys.executable, "-c", HOLD, str(path)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"held\n"
+    return child
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
+    child = hold(tmp_path)
+    try:
+        with pytest.raises(UserError, match=f"in use by pid {child.pid} on "):
+            RunFolder(tmp_path, "a: {b: 1}")
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    assert f"pid {child.pid}" in (tmp_path / "lock").read_text()  # stale: its owner could not tidy up
+    RunFolder(tmp_path, "a: {b: 1}").close()
+    (tmp_path / "lock").write_text("pid 1 on elsewhere\n")  # a living pid, but not a holder
+    RunFolder(tmp_path, "a: {b: 1}").close()
+
+
+def test_a_torn_line_is_mended_and_later_rows_dropped(tmp_path, capsys):
+    run = RunFolder(tmp_path, SETTINGS)
+    for step in range(5):
+        run.log({"step": step})
+    run.close()
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')
+    run = RunFolder(tmp_path, SETTINGS)
+    run.rewind(2)
+    for step in (3, 4):
+        run.log({"step": step})
+    run.close()
+    assert [row["step"] for row in rows(tmp_path)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ] and "1 torn line" in capsys.readouterr().err
+
+
+def test_signals_set_a_flag_and_ctrl_c_does_not(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    run = RunFolder(tmp_path, SETTINGS)
+    run.watch_signals()
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
+        assert not run.stop_requested
+        os.kill(os.getpid(), getattr(signal, name))
+        assert run.stop_requested == name
+        run.stop_requested = False
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    run.close()
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,239 @@
+"""Whole runs of train.py on tiny settings: determinism, resume, signals, results, and what it says to bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from config import UserError
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--model", "debug", "train.dataset_path=scenes:60:seed=3", "train.batch_size_per_gpu=8", "optim.epochs=1",
+        "optim.warmup_epochs=0.2", "train.OFFICIAL_EPOCH_LENGTH=10", "teacher.warmup_teacher_temp_epochs=0.5",
+        "train.log_every=1", "student.drop_path_rate=0.3", "evaluation.train_path=", "evaluation.test_path="]  # fmt: skip
+
+
+def go(folder, *extra):
+    train.main([*TINY, "--output-dir", str(folder), *map(str, extra)])
+    return rows(folder)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(metrics):
+    return [(r["step"], r["loss"], r["grad_backbone"]) for r in metrics if "loss" in r]
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "teacher.pth", weights_only=True)["teacher"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    return folder, go(folder)
+
+
+def test_same_seed_same_bits_another_seed_not(reference, tmp_path):
+    folder, metrics = reference
+    assert losses(go(tmp_path / "again")) == losses(metrics) and same(
+        weights(folder), weights(tmp_path / "again")
+    )
+    assert losses(go(tmp_path / "other", "train.seed=1")) != losses(metrics)
+    assert len(losses(metrics)) == 10
+
+
+def test_stop_and_resume_is_bit_identical(reference, tmp_path, monkeypatch):
+    """Stopped at step 4, in the middle of an epoch of 60 images; crops, masks and drop path go on where they were."""
+    folder, metrics = reference
+    real = train.train_step
+
+    def step_then_stop(t, *args, **kw):
+        if t.step == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(t, *args, **kw)
+
+    monkeypatch.setattr(train, "train_step", step_then_stop)
+    with pytest.raises(SystemExit) as stopped:
+        go(tmp_path / "run")
+    assert stopped.value.code == 75
+    monkeypatch.setattr(train, "train_step", real)
+    resumed = go(tmp_path / "run", "--resume")
+    assert losses(resumed) == losses(metrics)
+    assert same(weights(folder), weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("mode", ["centering", "sinkhorn_knopp"])
+def test_resume_from_a_checkpoint_that_is_older_than_the_log(mode, tmp_path):
+    """A run killed after its last checkpoint repeats those steps, and logs each of them once."""
+    whole = go(tmp_path / "whole", f"train.centering={mode}")
+    go(tmp_path / "run", f"train.centering={mode}", "train.checkpoint_every=4", "train.keep_last=5")
+    import shutil
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000010")
+    assert losses(go(tmp_path / "run", f"train.centering={mode}", "train.checkpoint_every=4", "train.keep_last=5", "--resume")) == losses(whole)  # fmt: skip  # noqa: E501
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_workers_change_nothing(reference, tmp_path):
+    assert losses(go(tmp_path / "workers", "train.num_workers=2")) == losses(reference[1])
+
+
+def test_results_pictures_and_baselines(tmp_path, capsys):
+    go(tmp_path / "run", "evaluation.train_path=scenes:80:seed=1", "evaluation.test_path=scenes:600:seed=2",
+       "evaluation.eval_period_iterations=5")  # fmt: skip
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    wanted = {"knn_top1", "knn_pixels", "knn_random_init", "chance", "fg_miou", "fg_miou_random_init", "train_seconds",
+              "images_per_second"}  # fmt: skip
+    assert wanted <= result.keys() and all(
+        0 <= result[k] <= 1 for k in wanted if "seconds" not in k and "images" not in k
+    )
+    assert [r["step"] for r in rows(tmp_path / "run") if "knn_top1" in r] == [5]
+    Image.open(tmp_path / "run" / "pca.png").load()
+    tail = capsys.readouterr().out.splitlines()[-4:]
+    assert "raw pixels" in tail[0] and tail[1].startswith("k-NN top-1") and tail[3].startswith("10 steps in")
+
+
+def test_max_minutes_stops_early_with_a_checkpoint(tmp_path):
+    go(tmp_path / "run", "--max-minutes", 1e-9)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 1
+    assert (tmp_path / "run" / "checkpoints" / "step_00000001").is_dir()
+
+
+def test_second_run_takes_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = [*TINY, "optim.epochs=0.2", "optim.freeze_last_layer_epochs=0", "optim.warmup_epochs=0.1"]
+    train.main(args), train.main(args)
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"debug", "debug-2"}
+
+
+def folder_of_images(path, good, bad):
+    path.mkdir()
+    for i in range(good):
+        Image.effect_noise((48, 48), 60 + i).convert("RGB").save(path / f"{i}.png")
+    for i in range(bad):
+        (path / f"bad{i}.png").write_bytes(b"\x89PNG not really")
+    return path
+
+
+def test_bad_images_are_listed_and_too_many_stop_the_run(tmp_path):
+    some = folder_of_images(tmp_path / "some", 30, 1)
+    go(tmp_path / "run", f"train.dataset_path=folder:{some}")
+    listed = (tmp_path / "run" / "bad_images_rank0.jsonl").read_text()
+    assert (
+        "bad0.png" in listed and json.loads((tmp_path / "run" / "result.json").read_text())["bad_images"] > 0
+    )
+    many = folder_of_images(tmp_path / "many", 4, 12)
+    with pytest.raises(UserError, match="max_bad_images"):
+        go(tmp_path / "run2", f"train.dataset_path=folder:{many}", "train.max_bad_images=0.002")
+
+
+def test_collapse_is_named(tmp_path, capsys):
+    """No centring and sharp targets: one prototype for everything, and the run says so while its loss looks splendid."""
+    go(tmp_path / "run", "optim.epochs=12", "train.log_every=5", "student.drop_path_rate=0", "train.centering=centering",
+       "teacher.teacher_temp=10", "teacher.warmup_teacher_temp=10")  # fmt: skip
+    warnings = [r["warning"] for r in rows(tmp_path / "run") if "warning" in r]
+    assert len(warnings) == 1 and "uniform" in warnings[0]
+
+
+def test_skipped_steps_are_named_and_stop_the_run(tmp_path, monkeypatch):
+    real = train.make_loader
+
+    def poisoned(*args):
+        for i, batch in enumerate(real(*args)):
+            batch["globals"][0, 0, 0, 0] = float("nan") if i >= 3 else 0
+            yield batch
+
+    monkeypatch.setattr(train, "make_loader", poisoned)
+    with pytest.raises(SystemExit) as e:
+        go(tmp_path / "run", "train.max_nan=2")
+    assert e.value.code == 70
+    assert [len(r["skipped_samples"]) for r in rows(tmp_path / "run") if "skipped_samples" in r] == [8, 8, 8]
+
+
+BAD = {
+    "optim.base_lt=1": "optim.base_lr",
+    "optim.epochs=many": "optim.epochs",
+    "train.dataset_path=folder:/nowhere/at/all": "/nowhere/at/all",
+    "train.dataset_path=ftp://x": "ftp",
+    "crops.global_crops_size=33": "patch",
+    "student.arch=vit_enormous": "vit_enormous",
+}
+
+
+@pytest.mark.parametrize("setting", BAD)
+def test_bad_settings_are_one_sentence(setting, tmp_path):
+    with pytest.raises(UserError) as e:
+        go(tmp_path / "run", setting)
+    assert BAD[setting] in str(e.value) and "\n" not in str(e.value)
+
+
+def test_checkpoint_of_another_architecture(reference, tmp_path):
+    import shutil
+
+    shutil.copytree(reference[0], tmp_path / "run")
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(
+        text.replace("num_register_tokens: 4", "num_register_tokens: 2")
+    )
+    with pytest.raises(UserError, match="register"):
+        go(tmp_path / "run", "student.num_register_tokens=2", "--resume")
+
+
+def command(*args, **env):
+    return subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **env})  # fmt: skip
+
+
+def test_from_the_shell_errors_have_no_traceback(tmp_path):
+    p = command("train.py", "--model", "vitz14", "--output-dir", str(tmp_path / "x"))
+    out, err = p.communicate(timeout=60)
+    assert (
+        p.returncode == 1
+        and err.startswith("error: ")
+        and "Traceback" not in err
+        and len(err.splitlines()) == 1
+    )
+
+
+def test_sigterm_leaves_a_checkpoint_and_code_75(tmp_path):
+    p = command("train.py", *TINY, "optim.epochs=1000", "--output-dir", str(tmp_path / "run"))
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and len(log.read_text().splitlines()) > 3) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    p.send_signal(signal.SIGTERM)
+    out, err = p.communicate(timeout=25)
+    assert p.returncode == 75 and "--resume" in out, err
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
+def test_torchrun_with_two_processes_trains(tmp_path):
+    """Two ranks, one run folder, one log; the sum of both is the global batch."""
+    args = [
+        *TINY,
+        "student.drop_path_rate=0",
+        "train.batch_size_per_gpu=4",
+        "--output-dir",
+        str(tmp_path / "two"),
+    ]
+    p = command("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "train.py", *args)
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == 0, err[-2000:]
+    go(tmp_path / "one", "student.drop_path_rate=0", "dino.koleo_group=4")
+    for a, b in zip(losses(rows(tmp_path / "two")), losses(rows(tmp_path / "one")), strict=True):
+        assert a[0] == b[0] and a[1] == pytest.approx(b[1], abs=1e-5)

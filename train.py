@@ -1,0 +1,436 @@
+"""DINOv2 pre-training: a student learns to say of its crops what a slowly moving copy of itself says of the
+whole image.
+
+    python train.py                                          # five minutes on two CPU cores, data included
+    python train.py --model vits14 train.dataset_path=folder:/data/images
+    torchrun --nproc-per-node 8 train.py --model vitg14 train.dataset_path='tar:/data/{000..999}.tar'
+
+What is unusual here: the method is `train_step`, one screen, and nothing around it touches the mathematics;
+the parity test against the authors' code calls this very function, and so do the labs. Sample i and its crops
+are a pure function of (seed, i), masks of (seed, step), schedules of the step: resuming needs no random state
+and repeats nothing.
+
+Expect a run folder runs/<name>/ (config.yaml, metrics.jsonl, teacher.pth, result.json, pca.png) and a table
+of results.
+"""
+
+import argparse
+import json
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from tqdm import tqdm
+
+import checkpoint
+import config
+import distributed as dist
+from config import UserError
+from data import make_loader, open_source
+from eval_knn import chance, eval_sets, knn_backbone, knn_pixels
+from features import batches, foreground_miou
+from losses import Centering, collapse, diagnose, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from model import DINOv2, VisionTransformer, describe
+from optim import clip_gradients, make_optimizer, schedule, set_rates, update_teacher
+from runfolder import RunFolder
+from visualize import pca_sheet
+
+# =====================================================================================================================
+# THE METHOD. Put your hands here.
+# =====================================================================================================================
+
+
+class Trainee:
+    """Student, teacher, centres, optimizer: what a step reads and writes, and what a checkpoint holds."""
+
+    def __init__(self, cfg, device="cpu"):
+        self.student = DINOv2(cfg, cfg.student.drop_path_rate).to(device).train()
+        self.teacher = DINOv2(cfg).to(device).eval().requires_grad_(False)
+        self.teacher.load_state_dict(
+            self.student.state_dict()
+        )  # starts as an exact copy, in memory of its own
+        self.dino_center = Centering(cfg.dino.head_n_prototypes).to(device)
+        K = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else cfg.dino.head_n_prototypes
+        self.ibot_center = Centering(K).to(device)
+        self.optimizer = make_optimizer(self.student, cfg)
+        self.dtype = compute_dtype(cfg, device)
+        self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=self.dtype == torch.float16)
+        self.step = 0
+
+
+class Logits(NamedTuple):
+    """Scores of the K prototypes, for teacher (turned into targets) or student."""
+
+    globals: torch.Tensor  # (2, B, K) [CLS] of the global crops, in their natural order
+    locals: torch.Tensor | None  # (L, B, K) [CLS] of the local crops (student only)
+    patches: torch.Tensor  # (M, K) the masked patches
+    features: torch.Tensor  # (2, B, D) [CLS] of the global crops before the head
+
+
+def train_step(t, batch, now, cfg, look=False):
+    """One optimizer step over a list of micro-batches (gradient accumulation) -> {name: scalar tensor}.
+
+    `t` a Trainee, `now` the schedules of this step, `look` adds the instruments. The loss_* entries are the
+    weighted terms that are optimised: they sum to `loss`. If anything is not finite, nothing moves: "skipped"
+    is 1.
+    """
+    set_rates(t.optimizer, now)
+    t.optimizer.zero_grad(set_to_none=True)
+    seen = []
+    for micro in batch:
+        with autocast(t):
+            targets = teacher_targets(t, micro, now["teacher_temp"], cfg)  # what should be said
+            student = student_logits(t, micro)  # what is said
+        terms = compute_losses(student, targets, micro, cfg)  # how far apart
+        t.scaler.scale(sum(terms.values()) / len(batch)).backward()
+        seen.append({k: v.detach() for k, v in terms.items()})
+    dist.average_gradients(t.student)
+    t.scaler.unscale_(t.optimizer)
+    metrics = {k: torch.stack([s[k] for s in seen]).mean() for k in seen[0]}
+    metrics["loss"] = sum(metrics.values())
+    norms = clip_gradients(t.student, cfg.optim.clip_grad)
+    finite = torch.isfinite(torch.stack([metrics["loss"], *norms.values()])).all()
+    if dist.agree(not finite):  # the one place where the host waits for the device
+        t.dino_center.reset(), t.ibot_center.reset()
+    else:
+        t.scaler.step(t.optimizer)
+        update_teacher(t.teacher, t.student, now["momentum"])
+        t.dino_center.update(), t.ibot_center.update()  # used from the next step on
+    t.scaler.update()
+    metrics.update(norms, skipped=1.0 - finite.float())
+    if look:
+        crossed = targets.globals.flip(0).flatten(
+            0, 1
+        )  # (2B, K), beside the student's crops of the other view
+        metrics.update(
+            diagnose(crossed, student.globals.flatten(0, 1), targets.features[0], cfg.dino.student_temp)
+        )
+    return metrics
+
+
+@torch.no_grad()
+def teacher_targets(t, batch, tau, cfg):
+    """The teacher sees both global crops, unmasked -> Logits whose `globals` and `patches` are probabilities."""
+    tokens = t.teacher.backbone(batch["globals"])
+    masked = tokens.patches.flatten(0, 1)[batch["mask_indices"]]  # (M, D)
+    cls, patches = t.teacher.heads(tokens.cls, masked)
+    if cfg.train.centering == "sinkhorn_knopp":
+        cls, patches = sinkhorn_knopp(cls, tau), sinkhorn_knopp(patches, tau)
+    else:
+        cls, patches = t.dino_center.targets(cls, tau), t.ibot_center.targets(patches, tau)
+    return Logits(cls.unflatten(0, (2, -1)), None, patches, tokens.cls.unflatten(0, (2, -1)))
+
+
+def student_logits(t, batch):
+    """The student sees the global crops with masked patches, and the local crops, in one pass -> Logits."""
+    crops, masks = [batch["globals"]], [batch["masks"]]
+    if batch["locals"] is not None:
+        crops, masks = crops + [batch["locals"]], masks + [None]
+    tokens = t.student.backbone.forward_crops(crops, masks)
+    masked = tokens[0].patches.flatten(0, 1)[batch["mask_indices"]]  # (M, D)
+    cls, patches = t.student.heads(torch.cat([x.cls for x in tokens]), masked)
+    n, B = len(batch["globals"]), len(batch["globals"]) // 2
+    local_logits = cls[n:].unflatten(0, (-1, B)) if len(tokens) > 1 else None  # (L, B, K)
+    # The [CLS] of a masked crop is used as it is: there is no second, unmasked pass for the DINO term.
+    return Logits(cls[:n].unflatten(0, (2, B)), local_logits, patches, tokens[0].cls.unflatten(0, (2, B)))
+
+
+def compute_losses(student, targets, batch, cfg):
+    """The weighted terms of the objective; their sum is what is optimised. All in fp32."""
+    temp = cfg.dino.student_temp
+    local, across = dino_loss(student.globals, student.locals, targets.globals, temp)
+    terms = {
+        "loss_dino_local": cfg.dino.loss_weight * local,
+        "loss_dino_global": cfg.dino.loss_weight * across,
+    }
+    if batch["masks"] is not None:
+        images = len(batch["globals"])  # all 2B crops, masked or not
+        ibot = ibot_loss(student.patches, targets.patches, batch["mask_weights"], images, temp)
+        terms["loss_ibot"] = cfg.ibot.loss_weight * ibot
+    if cfg.dino.koleo_loss_weight:
+        koleo = sum(
+            koleo_loss(view, cfg.dino.koleo_group) for view in student.features
+        )  # summed over both global crops
+        terms["loss_koleo"] = cfg.dino.koleo_loss_weight * koleo
+    return terms
+
+
+# =====================================================================================================================
+# THE PLUMBING. Nothing below changes what is learned.
+# =====================================================================================================================
+
+
+def compute_dtype(cfg, device):
+    """fp32, bf16 or fp16 for the network's matrix products; `auto` is bf16 on a GPU that has it, else fp32."""
+    wish = cfg.compute_precision.dtype
+    if wish == "auto":
+        wish = "bf16" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wish]
+
+
+def autocast(t):
+    device = next(t.student.parameters()).device.type
+    return nullcontext() if t.dtype == torch.float32 else torch.autocast(device, t.dtype)
+
+
+def checkpoint_state(t):
+    """Everything that the next step depends on, as named tensors."""
+    return {"student": t.student.state_dict(), "teacher": t.teacher.state_dict(),
+            "dino_center": t.dino_center.state_dict(), "ibot_center": t.ibot_center.state_dict(),
+            "optimizer": get_optimizer_state_dict(t.student, t.optimizer), "scaler": t.scaler.state_dict(),
+            "step": t.step}  # fmt: skip
+
+
+def resume(t, folder):
+    """Continue from the newest intact checkpoint of a run folder, if there is one -> the step it holds."""
+    path = checkpoint.newest(folder)
+    if path is not None:
+        state = checkpoint_state(t)
+        checkpoint.restore(path, state)
+        set_optimizer_state_dict(t.student, t.optimizer, state["optimizer"])
+        t.scaler.load_state_dict(state["scaler"])
+        t.step = state["step"]
+    return t.step
+
+
+def save(t, run, cfg):
+    checkpoint.save(run.path / "checkpoints", t.step, checkpoint_state(t), {"step": t.step},
+                    cfg.train.keep_last, cfg.train.keep_every)  # fmt: skip
+    if dist.rank() == 0:
+        checkpoint.save_teacher(run.path / "teacher.pth", t.teacher.state_dict(), t.teacher.backbone.arch)
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="", help="a preset: configs/NAME.yaml (default: laptop)")
+    parser.add_argument("--config", default="", help="a YAML file of your own, or the authors'")
+    parser.add_argument(
+        "--output-dir", default="", help="the run folder (default: runs/NAME, or NAME-2, ... if it exists)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in --output-dir if there is one"
+    )
+    parser.add_argument(
+        "--max-minutes", type=float, default=0, help="stop early, with a checkpoint and the evaluation"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. optim.base_lr=1e-3 train.seed=1"
+    )
+    args = parser.parse_intermixed_args(argv)
+    name = args.model or (Path(args.config).stem if args.config else "laptop")
+    cfg = config.load(args.config or None, args.model or (None if args.config else "laptop"), args.overrides)
+    if not cfg.train.dataset_path:
+        cfg.train.dataset_path = f"scenes:20000:size={max(64, cfg.crops.global_crops_size)}"
+        print(f"no train.dataset_path given: training on the embedded scenes ({cfg.train.dataset_path})")
+    if not args.output_dir:
+        args.output_dir = cfg.train.output_dir or free_folder(Path("runs") / name, args.resume)
+    return args, cfg
+
+
+def free_folder(path, resume):
+    """runs/name, or runs/name-2, -3, ... so that a second run never writes into the first."""
+    numbered = [path] + [path.with_name(f"{path.name}-{i}") for i in range(2, 1000)]
+    used = [p for p in numbered if p.exists()]
+    return used[-1] if resume and used else next(p for p in numbered if p not in used)
+
+
+class Watch:
+    """What the loop tells a person: a bar on a terminal, lines elsewhere; bad images, skipped steps, collapse."""
+
+    def __init__(self, run, cfg, steps, t):
+        self.run, self.cfg, self.first = run, cfg, t.step
+        self.bad, self.skipped, self.suspicion, self.warned = 0, 0, 0, False
+        tty = sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=t.step, disable=dist.rank() != 0 or not tty, dynamic_ncols=True)
+        self.lines = dist.rank() == 0 and not tty
+        self.seconds, self.images, self.knn = 0.0, 0, None  # of training alone
+
+    def images_seen(self, batch, step):
+        """Count the images that did not decode, write them down, and stop when they are too many."""
+        bad = [b for micro in batch for b in micro["bad"]]
+        self.bad += len(bad)
+        if bad:
+            with open(self.run.path / f"bad_images_rank{dist.rank()}.jsonl", "a") as f:
+                f.writelines(json.dumps(dict(step=step, path=str(p), reason=r)) + "\n" for p, r in bad)
+        seen = (step + 1 - self.first) * sum(len(micro["samples"]) for micro in batch)
+        if dist.agree(self.bad > self.cfg.train.max_bad_images * max(seen, 1000)):
+            raise UserError(f"{self.bad} of {seen} images could not be read, more than train.max_bad_images "
+                            f"({self.cfg.train.max_bad_images:.0%}); they are listed in {self.run.path}/bad_images_rank*.jsonl")  # fmt: skip
+
+    def step_done(self, step, metrics, now):
+        """Log one step: a line in metrics.jsonl and the numbers on the bar. Reading the metrics waits for the device."""
+        row = {
+            k: round(dist.all_reduce(v.float().clone()).item() / dist.world_size(), 6)
+            for k, v in metrics.items()
+        }
+        rate = self.images / max(self.seconds, 1e-9)
+        row = dict(step=step, **row, **now, images_per_second=round(rate, 1))
+        if torch.cuda.is_available():
+            row["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        if dist.rank() == 0:
+            self.run.log(row)
+        shown = dict(loss=f"{row['loss']:.3f}", H=f"{row['entropy']:.2f}", Hm=f"{row['entropy_mean']:.2f}",
+                     rank=f"{row['rank']:.0f}", knn=f"{self.knn:.3f}" if self.knn is not None else "-",
+                     img_s=f"{rate:.0f}")  # fmt: skip
+        self.bar.set_postfix(shown)
+        if self.lines:
+            print(f"step {step:6d}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+        self.collapsed(step, row)
+
+    def collapsed(self, step, row):
+        """Say so once, after three looks in a row: a moment of low entropy is no collapse, and every run starts uniform."""
+        sentence = collapse(row["entropy"], row["entropy_mean"])
+        early = step < max(50, 0.05 * self.bar.total) and sentence and "uniform" in sentence
+        self.suspicion = self.suspicion + 1 if sentence and not early else 0
+        if self.suspicion == 3 and not self.warned and dist.rank() == 0:
+            self.warned = True
+            self.run.log(dict(step=step, warning=sentence))
+            tqdm.write(f"warning: step {step}: {sentence}", file=sys.stderr)
+
+    def skipped_step(self, metrics, batch, step, t):
+        """Count steps that were not taken. In fp16 a few in a row are the loss scale finding its size."""
+        self.skipped = self.skipped + 1 if metrics["skipped"] else 0
+        if self.skipped:
+            samples = [int(i) for micro in batch for i in micro["samples"]]
+            self.run.log(dict(step=step, rank=dist.rank(), skipped_samples=samples))
+        if self.skipped > self.cfg.train.max_nan + 20 * t.scaler.is_enabled():
+            print(f"error: loss or gradient not finite in {self.skipped} steps in a row; the teacher is untouched. Try a lower "
+                  f"optim.base_lr or compute_precision.dtype=fp32; the images are named in metrics.jsonl", file=sys.stderr)  # fmt: skip
+            sys.exit(70)
+
+
+class Judge:
+    """k-NN of the teacher while it trains, and the final numbers beside their baselines; silent without labelled images."""
+
+    def __init__(self, cfg, t):
+        self.cfg, self.sets, e = cfg, None, cfg.evaluation
+        if e.train_path and e.test_path and dist.rank() == 0:
+            self.sets = eval_sets(cfg)
+        torch.manual_seed(cfg.train.seed)
+        self.random = VisionTransformer(**t.teacher.backbone.arch).to(next(t.teacher.parameters()).device)
+
+    def knn(self, backbone):
+        if self.sets is None:
+            return None
+        k = self.cfg.evaluation.knn_k
+        return list(
+            knn_backbone(backbone, *self.sets, ks=(k,), batch_size=self.cfg.evaluation.batch_size).values()
+        )[0]
+
+    def final(self, t, run):
+        """-> result.json and pca.png; a dict of the numbers."""
+        result, teacher = {}, t.teacher.backbone
+        if self.sets is None:
+            return result
+        bank, queries = self.sets
+        result["knn_top1"] = self.knn(teacher)
+        result["knn_random_init"] = self.knn(self.random)
+        result["knn_pixels"] = list(knn_pixels(bank, queries, ks=(self.cfg.evaluation.knn_k,)).values())[0]
+        result["chance"] = chance(torch.cat([y for _, y in batches(queries)]))
+        if hasattr(queries.dataset, "scene"):
+            result["fg_miou"] = foreground_miou(teacher, queries.dataset, queries.size)
+            result["fg_miou_random_init"] = foreground_miou(self.random, queries.dataset, queries.size)
+        device = next(teacher.parameters()).device
+        images = torch.stack([queries[i][0] for i in range(min(8, len(queries)))]).to(device)
+        pca_sheet([teacher, self.random], images).save(run.path / "pca.png")
+        return result
+
+
+def table(result):
+    """The last lines on the console."""
+    rows = [("k-NN top-1", "knn_top1", "knn_random_init", "knn_pixels", "chance"),
+            ("foreground mIoU", "fg_miou", "fg_miou_random_init", None, None)]  # fmt: skip
+    lines = [f"{'':18s}{'trained':>10s}{'random init':>13s}{'raw pixels':>12s}{'chance':>9s}"]
+    for name, *keys in rows:
+        if keys[0] in result:
+            cells = [f"{result[k]:.3f}" if k in result else "" for k in keys]
+            lines.append(f"{name:18s}{cells[0]:>10s}{cells[1]:>13s}{cells[2]:>12s}{cells[3]:>9s}")
+    lines = lines if len(lines) > 1 else []
+    lines.append(
+        f"{result['steps']} steps in {result['train_seconds']:.0f} s, {result['images_per_second']:.0f} images/s"
+    )
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    args, cfg = arguments(argv)
+    device = dist.init(cfg.speed.device)
+    if cfg.speed.threads:
+        torch.set_num_threads(cfg.speed.threads)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.manual_seed(cfg.train.seed)  # the same start on every rank
+
+    # ---- the run folder, the data, the networks
+    dataset = open_source(cfg.train.dataset_path)
+    run = RunFolder(args.output_dir, cfg.to_yaml(), args.resume)
+    run.watch_signals()
+    t = Trainee(cfg, device)
+    judge = Judge(cfg, t)
+    start = resume(t, run.path / "checkpoints") if args.resume else 0
+    run.rewind(start)
+    loader = make_loader(cfg, dataset, device, start, dist.rank(), dist.world_size())
+    steps = round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
+    if dist.rank() == 0:
+        size = sum(p.numel() for p in t.student.parameters())
+        print(f"{run.path}: {describe(t.student.backbone)}, {size:,} parameters with heads; {len(dataset):,} images from "
+              f"{cfg.train.dataset_path}; {steps} steps on {dist.world_size()} x {device} in {str(t.dtype)[6:]}", flush=True)  # fmt: skip
+
+    # ---- the loop: a straight line
+    watch, stop, began = Watch(run, cfg, steps, t), False, time.monotonic()
+    micro_batches = iter(loader)
+    while t.step < steps and not stop:
+        step, clock = t.step, time.monotonic()
+        batch = [next(micro_batches) for _ in range(cfg.train.accumulate)]
+        watch.images_seen(batch, step)
+        now = schedule(cfg, step, dist.world_size())
+        torch.manual_seed(
+            hash((cfg.train.seed, step, dist.rank())) % 2**63
+        )  # for drop path: nothing to save, nothing to replay
+        look = step % cfg.train.log_every == 0 or step == steps - 1
+        metrics = train_step(t, batch, now, cfg, look)
+        t.step += 1
+        watch.seconds += time.monotonic() - clock
+        watch.images += dist.world_size() * sum(len(micro["samples"]) for micro in batch)
+        watch.skipped_step(metrics, batch, step, t)
+        watch.bar.update()
+        if look:
+            watch.step_done(step, metrics, now)
+        # once in a while: look at the features, save, stop
+        every = cfg.evaluation.eval_period_iterations
+        if every and t.step % every == 0 and t.step < steps:
+            watch.knn = judge.knn(t.teacher.backbone)
+            if watch.knn is not None:
+                run.log(dict(step=t.step, knn_top1=watch.knn))
+                if watch.lines:
+                    print(f"step {t.step:6d}  k-NN {watch.knn:.3f}", flush=True)
+        out_of_time = bool(args.max_minutes) and time.monotonic() - began > 60 * args.max_minutes
+        stop = dist.agree(run.stop_requested or out_of_time)
+        if cfg.train.checkpoint_every and t.step % cfg.train.checkpoint_every == 0:
+            save(t, run, cfg)
+    watch.bar.close()
+
+    # ---- the end
+    save(t, run, cfg)
+    if run.stop_requested:
+        print(
+            f"stopped at step {t.step} of {steps} with a checkpoint; continue with --resume --output-dir {run.path}"
+        )
+        run.close()
+        sys.exit(75)
+    if dist.rank() == 0:
+        result = dict(judge.final(t, run), train_seconds=round(watch.seconds, 1), steps=t.step,
+                      images_per_second=round(watch.images / max(watch.seconds, 1e-9), 1), bad_images=watch.bad)  # fmt: skip
+        run.result(result)
+        print(table(result))
+    run.close()
+    dist.end()
+
+
+if __name__ == "__main__":
+    config.run(main)
