@@ -1,9 +1,7 @@
-"""The configuration: every setting with its kind and default, read from YAML and `key=value`, all of it
-checked.
+"""The configuration: every setting with its kind and default, read from YAML and `key=value`, and checked.
 
-Sections and names are those of DINOv2's published YAML, so its files load unchanged; one warning lists the
-keys without a meaning here. The defaults are its own too (the short ViT-L/16 recipe); "ours" marks what it
-lacks.
+Names and defaults are those of DINOv2's published YAML (the short ViT-L/16 recipe), so its files load
+unchanged; one warning lists their keys without a meaning here. "ours" marks a setting they lack.
 
     python config.py vitg14 optim.epochs=10     prints the resolved settings; the text loads again as it is
 """
@@ -17,7 +15,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 
 import yaml
 
-# Kinds of numbers: type, lowest, highest, and what an error calls it.
+# Kinds of numbers: type, lowest, highest, and what an error asks for.
 Whole = Annotated[int, 0, 1e15, "a whole number, 0 or more"]
 Count = Annotated[int, 1, 1e15, "a whole number, 1 or more"]
 Number = Annotated[float, 0, 1e15, "a number, 0 or more"]
@@ -31,7 +29,7 @@ class UserError(Exception):
 
 # fmt: off
 class Config:
-    """All sections, as in `cfg.optim.base_lr`; each is a dataclass of its own."""
+    """All settings, as in `cfg.optim.base_lr`: an instance of every section below."""
     class dino:
         loss_weight: Number = 1.0  # of the [CLS] loss; 0 turns it off
         head_n_prototypes: Count = 65536  # K, the number of pseudo-classes
@@ -72,6 +70,7 @@ class Config:
         drop_path_rate: Share = 0.3  # share of images that each branch skips
         layerscale: Number = 1.0e-5  # initial scale of each branch; 0 = no LayerScale
         drop_path_uniform: bool = True  # false: grows from 0 at the first block to the rate at the last
+        init_std: Positive = 0.02  # ours: of the linear layers; the published 0.02 suits widths from 384 up
         ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = "mlp"  # the last two are the same
         num_register_tokens: Whole = 0
         interpolate_antialias: bool = False  # true with offset 0.0 for weights with registers
@@ -116,14 +115,11 @@ class Config:
         batch_size: Count = 256  # ours
         image_size: Whole = 0  # ours: pixels; 0 = global_crops_size
         resize_size: Whole = 0  # ours: shorter side before the central crop; 0 = image_size
-        final_only: bool = False  # ours: only after the last step
     class compute_precision:
         dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where a GPU has it
     class speed:  # ours: what changes the time of a run, not its result (beyond rounding)
         device: Literal["auto", "cpu", "cuda"] = "auto"
         threads: Whole = 0  # of each process on the CPU; 0 = leave it to PyTorch
-        attention: Literal["auto", "sdpa", "triton"] = "auto"
-        compile: bool = False
     # fmt: on
 
     def __init__(self):
@@ -146,25 +142,24 @@ DEAD = BIASES | {"MODEL.WEIGHTS", "train.saveckp_freq", "train.cache_dataset", "
 
 def load(file=None, model=None, overrides=()):
     """-> Config: the defaults, then configs/`model`.yaml, then `file`, then texts "section.key=value"."""
-    folder, values = Path(__file__).parent / "configs", {}
-    if model and not (folder / f"{model}.yaml").is_file():
-        names = sorted(path.stem for path in folder.glob("*.yaml"))
-        near = get_close_matches(model, names, 1, 0)[0]
-        raise UserError(f"there is no model {model}; the nearest of {', '.join(names)} is {near}")
-    for path in filter(None, (model and folder / f"{model}.yaml", file)):
+    presets = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+    if model and model not in presets:
+        near = get_close_matches(model, presets, 1, 0)[0]
+        raise UserError(f"there is no model {model}; the nearest of {', '.join(presets)} is {near}")
+    values = {}
+    for path in filter(None, (presets.get(model), file)):
         values |= read(path)
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"'{text}' is no setting: write section.key=value, such as optim.epochs=10")
         values[name] = parse(value, text)
-    dead = sorted(DEAD & values.keys())
-    if dead and os.environ.get("RANK", "0") == "0":
-        print(f"warning: settings without a meaning here are ignored: {', '.join(dead)}", file=sys.stderr)
     cfg = Config()
     for name, value in values.items():
         put(cfg, name, value)
-    check({name: getattr(getattr(cfg, name.split(".")[0]), name.split(".")[1]) for name in KINDS})
+    check(cfg)
+    if (dead := sorted(DEAD & values.keys())) and os.environ.get("RANK", "0") == "0":
+        print(f"warning: settings without a meaning here are ignored: {', '.join(dead)}", file=sys.stderr)
     return cfg
 
 
@@ -188,24 +183,23 @@ def parse(text, source):
 
 
 def put(cfg, name, value):
+    """Set one "section.key", unless it is dead."""
     if name in BIASES and value is not True:
         raise UserError(f"{name} is {value!r}, but these models always have that bias: remove the line")
-    if name in DEAD:
-        return
-    if name not in KINDS:
+    if name not in KINDS and name not in DEAD:
         same_key = [known for known in KINDS if known.split(".")[1] == name.split(".")[-1]]
         near = get_close_matches(name, same_key or KINDS, 1, 0)[0]
         raise UserError(f"there is no setting {name} (given as {value!r}); the nearest is {near}")
-    section, key = name.split(".")
-    try:
-        setattr(getattr(cfg, section), key, convert(KINDS[name], value))
-    except ValueError as e:
-        raise UserError(f"{name} is {value!r}, but must be {e}") from None
+    if name in KINDS:
+        section, key = name.split(".")
+        try:
+            setattr(getattr(cfg, section), key, convert(KINDS[name], value))
+        except (TypeError, ValueError, OverflowError) as e:
+            raise UserError(f"{name} is {value!r}, but must be {e}") from None
 
 
 def convert(kind, value):
-    """`value` as its annotation wants it; YAML reads 1e-4 as text: fine. The ValueError says what would
-    do."""
+    """`value` as its annotation wants it (YAML reads 1e-4 as text: fine). The ValueError says what would do."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Union:  # a word or a list
         return convert(args[isinstance(value, list)], value)
@@ -216,29 +210,28 @@ def convert(kind, value):
     if kind is str and value is None:
         return ""
     if origin is Annotated and not isinstance(value, bool):
+        number, low, high, _ = args
         try:
-            number = args[0](float(value))
-            if args[1] <= number <= args[2] and number == float(value):
-                return number
-        except (TypeError, ValueError, OverflowError):
+            if low <= float(value) <= high and number(float(value)) == float(value):
+                return number(float(value))
+        except (TypeError, ValueError):
             pass
-    if origin is Literal:
-        raise ValueError("one of " + ", ".join(args))
-    words = {bool: "true or false", str: "text"}
-    raise ValueError(words.get(kind) or (args[-1] if origin is Annotated else f"{len(args)} numbers"))
+    wanted = {bool: "true or false", str: "text", tuple: f"{len(args)} numbers"}
+    wanted |= {Literal: "one of " + ", ".join(map(str, args)), Annotated: args[-1:]}
+    raise ValueError(wanted[origin or kind])
 
 
-def check(v):
-    """What no value shows alone: that they fit each other. v: {"section.key": value}."""
-    patch, group, epochs = v["student.patch_size"], v["dino.koleo_group"], v["optim.epochs"]
-    batch = v["train.batch_size_per_gpu"]
+def check(cfg):
+    """What no value shows alone: that they fit each other."""
+    v = {f"{s}.{key}": value for s in SECTIONS for key, value in vars(getattr(cfg, s)).items()}
+    patch, group, batch = cfg.student.patch_size, cfg.dino.koleo_group, cfg.train.batch_size_per_gpu
     sizes = ["crops.global_crops_size", "student.pos_embed_size", "evaluation.image_size"]
-    sizes += ["crops.local_crops_size"] if v["crops.local_crops_number"] else []
+    sizes += ["crops.local_crops_size"] if cfg.crops.local_crops_number else []
     bad = [f"{n} {v[n]} is no multiple of student.patch_size {patch}" for n in sizes if v[n] % patch]
     pairs = [n for n in v if KINDS[n] == tuple[Share, Share]]
     bad += [f"{n} {list(v[n])} must name the smaller number first" for n in pairs if v[n][0] > v[n][1]]
-    spans = ["optim.warmup_epochs", "optim.freeze_last_layer_epochs"]
-    bad += [f"{n} {v[n]:g} is longer than the run, optim.epochs {epochs:g}" for n in spans if v[n] > epochs]
+    run, spans = cfg.optim.epochs, ["optim.warmup_epochs", "optim.freeze_last_layer_epochs"]
+    bad += [f"{n} {v[n]:g} is longer than the run, optim.epochs {run:g}" for n in spans if v[n] > run]
     if group and batch % group:
         bad += [f"dino.koleo_group {group} must divide train.batch_size_per_gpu {batch}"]
     if bad:
@@ -246,18 +239,17 @@ def check(v):
 
 
 def run(main):
-    """Call a script's main and leave with its exit code (None = 0); a UserError becomes one line and code
-    1."""
+    """Call a script's `main` and leave with its exit code (None = 0), or 1 and one line for a UserError."""
     try:
         code = main()
     except SystemExit as e:
         code = e.code
     except UserError as e:
-        code = f"error: {e}"
+        print(f"error: {e}", file=sys.stderr)
+        code = 1
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads abort some normal exits
-        print(code if isinstance(code, str) else "", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(1 if isinstance(code, str) else code or 0)
+        os._exit(code or 0)
     sys.exit(code)
 
 

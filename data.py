@@ -1,10 +1,11 @@
 """Images in, crops and masks out: sources, decoding, the sampler, multi-crop, block masks, the loader.
 
 What is unusual here: nothing has a state. Sample i of a run (its image, its crops, every colour factor) is a
-pure function of (seed, i); its block mask is one of (seed, step, position in the global batch). So a resumed
-run, any number of workers and any number of ranks see the very same data, and there is no sampler to save.
-And the labour is divided: workers decode, cut and resize to uint8; colour, blur and solarize run in batches
-where the model runs (`photometric`). `python data.py --bench` compares that with Pillow, image by image.
+pure function of (seed, i); its block mask is one of (seed, step, position in the global batch). So resuming,
+and any number of workers or ranks, give the very same data, and there is no sampler to save. Workers only
+decode, cut and resize; colour, blur and solarize run in batches where the model runs (`photometric`).
+
+    python data.py --bench     # images/s of one core, beside the same arithmetic in Pillow, image by image
 """
 
 import hashlib
@@ -30,14 +31,12 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", 
 # Pillow reads fifty formats, and most of its security holes were in the rare ones: name those we want.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 MAX_PIXELS = 64_000_000  # 192 MB as RGB; Pillow merely warns at 144 million
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the released weights expect
-# Blur probability of crop 1, crop 2, local crops. The authors' wrapper passes 1 - p where p is meant: the
-# published models were trained with the first line, though their config says the second.
+MEAN, STD = torch.tensor([[[[0.485]], [[0.456]], [[0.406]]], [[[0.229]], [[0.224]], [[0.225]]]])  # ImageNet's
+# Blur probability of crop 1, crop 2, local crops. The authors' code applies 1 - p: the first line ran.
 BLUR = {"as_executed": (0.0, 0.9, 0.5), "as_written": (1.0, 0.1, 0.5)}
 TIMEOUT = 300  # seconds the loop waits for a micro-batch before it says which image is stuck
 
 
-# ---- where images come from -----------------------------------------------------------------------------
 class BadImage(Exception):
     """One image that cannot be used: BadImage(path, reason). Training replaces it and counts it."""
 
@@ -50,18 +49,16 @@ class Images:
 
     `classes` is a list of names or None; `dropped` counts the samples left out of the index. The name
     "shard.tar::member" is read in place; nothing is ever unpacked, so ../../etc/passwd is just a name.
+    Made of (name, label: int, str or None, offset, size) for each; offset -1: a file; name None: dropped.
     """
 
     def __init__(self, entries):
-        """`entries`: (name, label: int, str or None, offset, size); offset -1: a file; name None: dropped."""
         names, labels, *where = zip(*(x for x in entries if x[0]))
-        self.dropped = len(entries) - len(names)
         self.classes = sorted({x for x in labels if isinstance(x, str)}) or None
         number = {x: k for k, x in enumerate(self.classes or ())}
         labels = [number[x] if isinstance(x, str) else x if type(x) is int else -1 for x in labels]
-        # Arrays: a list's strings get copied into every worker, since reading one writes its reference count.
-        self.names, self.labels = np.array([os.fsencode(x) for x in names]), np.array(labels)
-        self.where = np.array(where).T
+        self.labels, self.where, self.dropped = np.array(labels), np.array(where).T, len(entries) - len(names)
+        self.names = np.array([os.fsencode(x) for x in names])  # a list would end up copied in every worker
 
     def __len__(self):
         return len(self.names)
@@ -97,76 +94,63 @@ def open_source(uri):
         known = "scenes:10000, folder:/path, tar:/path/{000..010}.tar or list:/path/manifest.jsonl"
         raise UserError(f"dataset_path {uri!r} cannot be read; write {known}")
     entries = read(os.path.expanduser(rest))
-    if not any(x[0] for x in entries):
+    if dropped := sum(x[0] is None for x in entries):
+        print(f"{uri}: {dropped} of {len(entries)} samples have no whole image: left out", file=sys.stderr)
+    if dropped == len(entries):
         raise UserError(f"{uri} holds no images; what is read are {' '.join(EXTENSIONS)}")
-    dataset = Images(entries)
-    if dataset.dropped:
-        print(f"{uri}: {dataset.dropped} samples without a whole image are left out", file=sys.stderr)
-    return dataset
+    return Images(entries)
 
 
 def from_folder(root):
     """Images at any depth, sorted. The first folder level is the label, unless images lie beside folders."""
-    if not os.path.isdir(root):
-        raise UserError(f"folder {root} does not exist; train.dataset_path takes folder:/path/to/images")
-    files, others, visited = [], set(), set()
+    paths, visited = [], set()
     for here, folders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(here) in visited:  # a link that leads back up would never end
-            folders, names = folders.clear(), []
+        new = os.path.realpath(here) not in visited  # a link that leads back up would never end
         visited.add(os.path.realpath(here))
-        for name in names:
-            extension = os.path.splitext(name)[1].lower()
-            if extension in EXTENSIONS and name[0] != ".":  # ._a.jpg is macOS's resource fork, no image
-                files.append(os.path.relpath(os.path.join(here, name), root))
-            else:
-                others.add(extension or name)
+        folders[:] = [x for x in folders if x[0] != "." and new]
+        paths += [os.path.relpath(f"{here}/{x}", root) for x in names if x[0] != "." and new]
+    files = sorted(x for x in paths if x.lower().endswith(EXTENSIONS))
     if not files:
-        found = f"only {' '.join(sorted(others)[:8])}" if others else "nothing"
-        raise UserError(f"folder {root} holds no images, {found}; what is read are {' '.join(EXTENSIONS)}")
+        found = " ".join(sorted({os.path.splitext(x)[1].lower() or x for x in paths})[:8])
+        found = f"holds only {found}" if found else "is empty" if visited else "does not exist"
+        raise UserError(f"folder {root} {found}; what is read are images in {' '.join(EXTENSIONS)}")
     labelled = all(os.sep in x for x in files)
-    return [(f"{root}/{x}", x.split(os.sep)[0] if labelled else None, -1, 0) for x in sorted(files)]
+    return [(f"{root}/{x}", x.split(os.sep)[0] if labelled else None, -1, 0) for x in files]
 
 
 def from_tar(pattern):
     """WebDataset shards: key.jpg with key.cls or key.json is one sample; {000..010} stands for 11 shards."""
     if braces := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
-        first, last = braces.groups()
-        numbers = [str(k).zfill(len(first)) for k in range(int(first), int(last) + 1)]
+        numbers = [str(k).zfill(len(braces[1])) for k in range(int(braces[1]), int(braces[2]) + 1)]
         return [entry for x in numbers for entry in from_tar(pattern.replace(braces[0], x, 1))]
     return list(index_tar(pattern).values())
 
 
 def index_tar(path):
     """One pass over the headers, 20 us each -> {key: [name, label, offset, size]}; name None: no image."""
-    samples = {}
+    samples, size = {}, os.path.getsize(path) if os.path.exists(path) else 0
     try:
         with tarfile.open(path, "r:") as shard:  # uncompressed: nothing else can be read at random
             for member in shard:
-                key, dot, extension = os.path.basename(member.name).partition(".")
-                sample = samples.setdefault(
-                    os.path.join(os.path.dirname(member.name), key), [None, None, -1, 0]
-                )
-                extension, end = dot + extension.lower().split(".")[-1], member.offset_data + member.size
-                if not member.isreg() or member.issparse() or end > os.path.getsize(path):
-                    continue  # a link, a device, or cut off by the end of the shard
-                if extension in EXTENSIONS and not sample[0]:  # the first image of a key counts
+                if not member.isreg() or member.issparse():
+                    continue  # folders, links, devices
+                folder, base = os.path.split(member.name)
+                key, extension = os.path.join(folder, base.split(".")[0]), os.path.splitext(base)[1].lower()
+                sample = samples.setdefault(key, [None, None, -1, 0])
+                whole = member.offset_data + member.size <= size  # not cut off by the end of the shard
+                if whole and extension in EXTENSIONS and not sample[0]:  # the first image of a key counts
                     sample[0], sample[2:] = f"{path}::{member.name}", (member.offset_data, member.size)
-                elif extension in (".cls", ".json") and member.size < 1 << 20:
+                elif whole and extension in (".cls", ".json") and member.size < 1 << 20:
                     text = shard.extractfile(member).read().decode(errors="replace").strip()
                     try:
                         value = json.loads(text)
                     except ValueError:  # key.cls may hold the name of a class
                         value = text if extension == ".cls" else {}
-                    if isinstance(value, dict):
-                        value = value.get("label", value.get("cls"))
-                    sample[1] = sample[1] if value is None else value
+                    value = value if isinstance(value, dict) else {"label": value}
+                    sample[1] = value.get("label", value.get("cls", sample[1]))
     except (OSError, tarfile.TarError) as error:
-        if not (
-            samples and isinstance(error, tarfile.ReadError)
-        ):  # a truncated shard serves as far as it goes
-            raise UserError(
-                f"{path} is no readable, uncompressed tar ({error}); gunzip it if packed"
-            ) from error
+        if not samples or isinstance(error, OSError):  # else truncated: it serves as far as it goes
+            raise UserError(f"{path} is no readable tar; gunzip it if it is packed ({error})") from error
     return samples
 
 
@@ -179,38 +163,31 @@ def from_list(manifest):
                 place, row = f"{manifest} line {number}", json.loads(line.strip() or '{"keep": false}')
                 if row.get("keep") is False:
                     continue
-                path = os.path.join(os.path.dirname(manifest), row.get("path") or row["shard"])
+                path, entry = os.path.join(os.path.dirname(manifest), row.get("path") or row["shard"]), None
                 if not row.get("path"):
                     shards[path] = shards.get(path) or index_tar(path)
-                entry = (path, None, -1, 0) if row.get("path") else shards[path].get(row["key"], [None] * 4)
-                entries.append((entry[0], row.get("label", entry[1]), *entry[2:]))
+                    entry = shards[path].get(row["key"], [None] * 4)
+                name, label, *where = entry or (path, None, -1, 0)
+                entries.append((name, row.get("label", label), *where))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{place}: JSON with path, or shard and key, is needed ({error!r})") from error
     return entries
 
 
-# ---- decode ---------------------------------------------------------------------------------------------
 def decode(source, name):
-    """File path or bytes -> PIL RGB, upright. BadImage(name, reason) for whatever is wrong with it.
-
-    Pillow's verify() passes half a JPEG, so the pixels are always loaded. A stretch of zeros in the middle of
-    a JPEG still decodes without complaint: only a checksum would find it.
-    """
+    """File path or bytes -> PIL RGB, upright. BadImage(name, reason) for whatever is wrong with it."""
     head = b""
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-            head = file.read(64).lstrip()
-            file.seek(0)
+            head = file.read(12)
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:  # from the header, before any memory is spent
                     raise ValueError(f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}")
                 ImageOps.exif_transpose(image, in_place=True)
-                return to_rgb(image)
-    except UnidentifiedImageError as error:
-        reason = "a web page" if head[:1] == b"<" else "no image of a known format" if head else "empty file"
-        raise BadImage(name, reason) from error
+                return to_rgb(image)  # loads the pixels: verify() would pass half a JPEG
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        raise BadImage(name, f"{type(error).__name__}: {error}") from error
+        reason = f"no known format: {head}" if isinstance(error, UnidentifiedImageError) else repr(error)
+        raise BadImage(name, reason) from error
 
 
 def to_rgb(image):
@@ -230,17 +207,14 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-# ---- the sampler: sample number -> image ----------------------------------------------------------------
 def hash64(*parts):
     """64 bits from integers and words, the same in every process (Python's own hash() of a word is not)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 def permute(secret, x, n):
-    """Where x goes in the permutation of range(n) that `secret` names; no table, a few us for any x and n.
-
-    Four Feistel rounds permute a power of four >= n; walking on until the result is below n keeps it 1:1.
-    """
+    """Where x goes in the permutation of range(n) that `secret` names; no table, a few us for any x and n."""
+    # Four Feistel rounds permute a power of four >= n; walking on until the result is below n keeps it 1:1.
     half = (n.bit_length() + 1) // 2
     while True:
         left, right = x >> half, x & ((1 << half) - 1)
@@ -251,50 +225,38 @@ def permute(secret, x, n):
             return x
 
 
-# ---- multi-crop (DINO section 3.1, with DINOv2's numbers) -----------------------------------------------
-def draw_boxes(rng, scale, width, height):
-    """Shares of the area (V, 2) -> int (V, 4) left, top, width, height; as torchvision's RandomResizedCrop.
-
-    Ten tries at an area and an aspect in 3/4..4/3 that fit the image; else the largest centred box in shape.
-    """
-    area = width * height * rng.uniform(scale[:, :1], scale[:, 1:], (len(scale), 10))
-    aspect = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), area.shape))
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    w, h, fits = (x[np.arange(len(x)), fits.argmax(1)] for x in (w, h, fits))  # the first try that fits
-    u = rng.random((2, len(scale)))
-    boxes = np.stack([u[0] * (width - w + 1) // 1, u[1] * (height - h + 1) // 1, w, h], axis=1)
-    wide, high = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    centred = ((width - wide) // 2, (height - high) // 2, wide, high)
-    return np.where(fits[:, None], boxes, centred).astype(int)
-
-
 def draw(rng, crops, width, height):
     """All random numbers of one image's V = 2 + L crops -> boxes (V, 4), flips (V,), params (V, 11) float32.
 
-    A row of params: brightness, contrast and saturation factor, hue shift; the turn (0-3) of each, -1 = no
-    jitter; grayscale 0 or 1; blur sigma in pixels, 0 = none; solarize 0 or 1.
+    A box is left, top, width, height, as of torchvision's RandomResizedCrop: ten tries at an area and an
+    aspect in 3/4..4/3 that fit, else the largest centred box in shape. A row of params: brightness, contrast,
+    saturation factor, hue shift; the turn (0-3) of each, -1 = no jitter; grayscale; blur sigma; solarize.
     """
-    L, jitter, neutral = crops.local_crops_number, np.array(crops.jitter), np.array([1, 1, 1, 0])
-    scale = np.array([crops.global_crops_scale] * 2 + [crops.local_crops_scale] * L)
-    boxes = draw_boxes(rng, scale, width, height)
-    flips, jittered, gray, blurred, solarized = rng.random((5, 2 + L))
-    factors = rng.uniform(np.maximum(neutral - jitter, [0, 0, 0, -1]), neutral + jitter, (2 + L, 4))
-    turns = rng.random((2 + L, 4)).argsort(1)
+    L, V = crops.local_crops_number, 2 + crops.local_crops_number
+    low, high = np.array([crops.global_crops_scale] * 2 + [crops.local_crops_scale] * L).T[:, :, None]
+    area = width * height * rng.uniform(low, high, (V, 10))
+    aspect = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), (V, 10)))
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    w, h, fits = (x[np.arange(V), fits.argmax(1)] for x in (w, h, fits))  # the first try that fits
+    across, down, flips, jittered, gray, blurred, solarized = rng.random((7, V))
+    boxes = np.stack([across * (width - w + 1) // 1, down * (height - h + 1) // 1, w, h], axis=1)
+    wide, high = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    boxes = np.where(fits[:, None], boxes, ((width - wide) // 2, (height - high) // 2, wide, high))
+    jitter, neutral = np.array(crops.jitter), np.array([1, 1, 1, 0])
+    factors = rng.uniform(np.maximum(neutral - jitter, [0, 0, 0, -1]), neutral + jitter, (V, 4))
+    turns = rng.random((V, 4)).argsort(1)
     turns[jittered >= crops.jitter_prob] = -1
     first, second, local = BLUR[crops.blur] if isinstance(crops.blur, str) else crops.blur
-    sigma = rng.uniform(0.1, 2.0, 2 + L) * (blurred < [first, second, *[local] * L])
-    solarized = solarized < [0, crops.solarize_prob, *[0] * L]
-    params = np.column_stack([factors, turns, gray < crops.gray_prob, sigma, solarized])
-    return boxes, flips < 0.5, params.astype(np.float32)
+    sigma = rng.uniform(0.1, 2.0, V) * (blurred < [first, second, *[local] * L])
+    solarized, gray = solarized < [0, crops.solarize_prob, *[0] * L], gray < crops.gray_prob
+    params = np.column_stack([factors, turns, gray, sigma, solarized])
+    return boxes.astype(int), flips < 0.5, params.astype(np.float32)
 
 
 def cut(image, box, size, flip):
-    """uint8 (3, H, W) -> uint8 (3, size, size): bicubic, antialiased, within 2/255 of Pillow, .01 on average.
-
-    Pillow took 0.83 ms for a crop of 224, this takes 0.11 ms (AVX-512): PyTorch has vector code for bytes
-    stored channels last, and the copy which guarantees that pays for itself.
-    """
+    """uint8 (3, H, W) -> uint8 (3, size, size): bicubic, antialiased, within 2/255 of Pillow's."""
+    # 0.11 ms for a crop of 224, Pillow's 0.83: PyTorch has vector code for bytes stored channels last.
     left, top, w, h = box.tolist()
     part = image[None, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
     part = F.interpolate(part, size=(size, size), mode="bicubic", antialias=True)[0]
@@ -323,7 +285,7 @@ class Crops(torch.utils.data.Dataset):
             except BadImage as error:
                 bad.append(error.args)
                 continue
-            except Exception as error:  # no bad image but a bug: say where it happened
+            except Exception as error:  # a bug: say where, since this worker's next images hide it from `at`
                 raise RuntimeError(f"{self.name(index)}: {error!r}") from error
             if image.numel() <= min(self.room, 1 << 16):
                 self.cache[index], self.room = image, self.room - image.numel()
@@ -349,83 +311,65 @@ class Crops(torch.utils.data.Dataset):
         return dict(masks, views=views, params=params, samples=torch.tensor(samples), bad=bad)
 
 
-# ---- photometric augmentation, where the model runs -----------------------------------------------------
 def gray(x):
     return (x[:, :1] * 0.299).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)  # ITU-R 601, as Pillow
 
 
 def hue(x, shift):
-    """Turns the hue by `shift` (1 = once round) without leaving RGB: a channel is low + chroma * wave(hue).
-
-    Choices are made by maxima and by multiplying with 0 and 1: torch.where is ten times slower here.
-    """
+    """Turns the hue by `shift` (1 = once round) without leaving RGB: channel = low + chroma * wave(hue)."""
     r, g, b = x.split(1, dim=1)
     more, less = torch.maximum(g, b), torch.minimum(g, b)
     top, low = torch.maximum(r, more), torch.minimum(r, less)
-    chroma, is_r, g_first = top - low, r.clone().ge_(more), g.clone().ge_(b)
-    angle = torch.minimum(r, more).sub_(less).div_((chroma * 6).clamp_(min=1e-6))  # within its sixth, 0..1/6
-    start = (g_first * 2).sub_(5 / 3).mul_(is_r).sub_(g_first).add_(2 / 3)  # 0 or -1 if red leads, else -1/3 or 2/3
-    angle = angle.add_(start).abs_().add_(shift + 1)  # + 1 keeps it positive
-    wave = (angle + torch.tensor([0, 2 / 3, 1 / 3], device=x.device).view(3, 1, 1)).frac_().mul_(6).sub_(3).abs_()
-    return torch.addcmul(low - chroma, wave, chroma, out=wave).clamp_(low, top)
+    six, is_r, g_first = (top - low).mul_(6), r.clone().ge_(more), g.clone().ge_(b)  # torch.where is slow
+    start = torch.addcmul(
+        g_first, is_r, torch.rsub(g_first, 5 / 3, alpha=2)
+    )  # red leads: 2/3, 5/3; else 1, 0
+    angle = torch.minimum(r, more).sub_(less).div_(six.clamp_(min=1e-6)).sub_(start).add_(2 / 3).abs_()
+    wave = (angle + (x.new_tensor([[[1]], [[5 / 3]], [[4 / 3]]]) + shift)).frac_().sub_(0.5).abs_()
+    return torch.addcmul(low.mul(2).sub_(top), wave, six, out=wave).clamp_(low, top)
 
 
 def blur(x, sigma):
     """Gaussian of 9 taps, one sigma per image, mirrored at the edges; sums of shifted images are fastest."""
     taps = torch.exp(-0.5 * (torch.arange(-4.0, 5.0, device=x.device) / sigma.view(-1, 1)) ** 2)
     taps = (taps / taps.sum(1, keepdim=True))[:, :, None, None, None]  # (n, 9, 1, 1, 1)
-    for dim, pad in ((3, (4, 4, 0, 0)), (2, (0, 0, 4, 4))):
-        padded, size = F.pad(x, pad, mode="reflect"), x.shape[dim]
-        x = padded.narrow(dim, 0, size) * taps[:, 0]
+    x = F.pad(x, (4, 4, 4, 4), mode="reflect")
+    for dim in (3, 2):
+        parts = [x.narrow(dim, k, x.shape[dim] - 8) for k in range(9)]
+        x = parts[0] * taps[:, 0]
         for k in range(1, 9):
-            x.addcmul_(padded.narrow(dim, k, size), taps[:, k])
+            x.addcmul_(parts[k], taps[:, k])
     return x
 
 
-# Operations on float images in 0..1 (n, 3, h, w), each with its column of params (n, 1, 1, 1).
-JITTER = (  # brightness, contrast, saturation, hue
-    lambda x, factor: (x * factor).clamp_(0, 1),
-    lambda x, factor: (x * factor).add_((1 - factor) * gray(x).mean((2, 3), keepdim=True)).clamp_(0, 1),
-    lambda x, factor: torch.lerp(gray(x), x, factor).clamp_(0, 1),
+OPERATIONS = (  # on float images in 0..255 (n, 3, h, w), each with its column of params (n, 1, 1, 1)
+    lambda x, factor: (x * factor).clamp_(0, 255),  # brightness, then contrast and saturation
+    lambda x, factor: (x * factor).add_((1 - factor) * gray(x).mean((2, 3), keepdim=True)).clamp_(0, 255),
+    lambda x, factor: torch.lerp(gray(x), x, factor).clamp_(0, 255),
     hue,
-)
-AFTER = (  # grayscale, blur, solarize
     lambda x, _: gray(x).repeat(1, 3, 1, 1),
     blur,
-    lambda x, _: x + (1 - 2 * x) * x.clone().ge_(128 / 255),
+    lambda x, _: x + (255 - 2 * x) * x.clone().ge_(128),  # solarize
 )
-
-
-# One freed block of 31 MB teaches glibc to keep what is freed up to that size, instead of handing it back to the
-# system and having every page cleared again: a fifth faster on a CPU.
+# Freeing 31 MB teaches glibc to keep blocks up to that size: no pages to clear anew, a fifth faster on a CPU.
 torch.empty(31 << 20, dtype=torch.uint8)
 
 
-def normalize(x, out=None):
+def normalize(x):
     """uint8, or float in 0..1, (n, 3, h, w) -> float32 less ImageNet's mean, over its standard deviation."""
-    x = x / 255 if x.dtype == torch.uint8 else x
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
-    return torch.sub(x, mean, out=out).div_(std)
+    return ((x / 255 if x.dtype == torch.uint8 else x) - MEAN.to(x.device)).div_(STD.to(x.device))
 
 
 def photometric(crops, params):
-    """uint8 (n, 3, h, w) on any device, params (n, 11) of `draw` on the CPU -> normalised float32 (n, 3, h, w).
-
-    Each operation runs on the images that need it, and stays within 2/255 of Pillow's on average (Pillow rounds
-    to bytes after each). A GPU takes all images at once. A CPU keeps to its caches: images above 200 pixels go
-    one by one, which saves gathering them, smaller ones by the 4 MB, which saves calls.
-    """
+    """uint8 (n, 3, h, w) on any device, params (n, 11) of `draw` on the CPU -> normalised float32."""
+    # A GPU takes all images at once, a CPU what fits its caches: large images singly, small ones by the 4 MB.
     out, values, rows = torch.empty(crops.shape, device=crops.device), params.to(crops.device), params.numpy()
-    todo = [(rows[:, 4 + k] == turn, k, JITTER[k]) for turn in range(4) for k in range(4)]
-    todo += [(rows[:, 8 + k] > 0, 8 + k, AFTER[k]) for k in range(3)]
-    pixels = crops[0, 0].numel()
-    chunk = len(crops) if crops.is_cuda else 1 if pixels > 200**2 else 2**22 // (12 * pixels)
-    for start in range(0, len(crops), chunk):
-        here = slice(start, start + chunk)
-        x, value = (
-            crops[here].to(torch.float32, memory_format=torch.contiguous_format).div_(255),
-            values[here],
-        )
+    todo = [(rows[:, 4 + k] == turn, k, OPERATIONS[k]) for turn in range(4) for k in range(4)]
+    todo += [(rows[:, k] > 0, k, OPERATIONS[k - 4]) for k in (8, 9, 10)]
+    mean, std = (MEAN * 255).to(out.device), (STD * 255).to(out.device)
+    chunk = len(crops) if crops.is_cuda else 1 if crops.shape[3] > 200 else 2**20 // crops[0].numel()
+    for here in (slice(start, start + chunk) for start in range(0, len(crops), chunk)):
+        x, value = crops[here].to(torch.float32, memory_format=torch.contiguous_format), values[here]
         for needed, column, operation in todo:
             who = np.flatnonzero(needed[here])
             if len(who) == len(x):
@@ -433,48 +377,36 @@ def photometric(crops, params):
             elif len(who):
                 who = torch.from_numpy(who).to(x.device)
                 x[who] = operation(x.index_select(0, who), value[who, column, None, None, None])
-        normalize(x, out=out[here])
+        torch.sub(x, mean, out=out[here]).div_(std)
     return out
 
 
-# ---- block masks (BEiT section 2.3; iBOT) ---------------------------------------------------------------
 def block_mask(rng, n, wanted, cap):
-    """About `wanted` of n x n patches, in blocks of 4 to `cap` patches that may overlap -> bool (n, n).
-
-    Makes the random calls of the published generator in the same order: the same stream, the same mask. It may
-    stop a few patches short, or at once where no block fits the grid: see step_masks.
-    """
-    mask, bound = np.zeros((n, n), dtype=bool), math.log(1 / 0.3)
-    while (left := wanted - int(mask.sum())) > 0:
-        for _ in range(10):
-            area, aspect = rng.uniform(4, min(left, cap)), math.exp(rng.uniform(-bound, bound))
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if h < n and w < n:
-                y, x = rng.randint(0, n - h), rng.randint(0, n - w)
-                block = mask[y : y + h, x : x + w]  # a view: filling it fills the mask
-                if 0 < block.size - block.sum() <= min(left, cap):
-                    block[:] = True
-                    break
-        else:
-            break
+    """About `wanted` of n x n patches, in blocks of 4 to `cap` patches that may overlap -> bool (n, n)."""
+    # The published generator's random calls, in its order. It may stop a few patches short: see step_masks.
+    mask, bound, tries = np.zeros((n, n), dtype=bool), math.log(1 / 0.3), 0
+    while (left := wanted - int(mask.sum())) > 0 and tries < 10:
+        area, aspect = rng.uniform(4, min(left, cap)), math.exp(rng.uniform(-bound, bound))
+        h, w, tries = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect)), tries + 1
+        if h < n and w < n:
+            y, x = rng.randint(0, n - h), rng.randint(0, n - w)
+            block = mask[y : y + h, x : x + w]  # a view: filling it fills the mask
+            if 0 < block.size - block.sum() <= min(left, cap):
+                block[:], tries = True, 0
     return mask
 
 
 def step_masks(cfg, step, places, crops):
     """The masks of some places among the `crops` = 2G global crops of a step -> a part of make_loader's dict.
 
-    Published: floor(crops * probability) crops are masked, the k-th at a ratio from the k-th of equal slices of
-    [low, high]; then all are shuffled. Here the slices lie over the *global* batch, a rank computes its rows,
-    and masks are completed at random to the exact count, as DINOv3 does.
+    Published: floor(crops * probability) crops are masked, the k-th at a ratio from the k-th of equal slices
+    of [low, high]; then all are shuffled. Here the slices lie over the *global* batch, each rank computes its
+    rows, and masks are completed at random to the exact count, as DINOv3 does.
     """
-    size, patch, chance = (
-        cfg.crops.global_crops_size,
-        cfg.student.patch_size,
-        cfg.ibot.mask_sample_probability,
-    )
-    n, masked = size // patch, int(crops * chance)
+    size, patch, ibot = cfg.crops.global_crops_size, cfg.student.patch_size, cfg.ibot
+    n, masked = size // patch, int(crops * ibot.mask_sample_probability)
     cap = 0.5 * size // patch * size // patch  # half of the patches; evaluated left to right, as published
-    edges = np.linspace(*cfg.ibot.mask_ratio_min_max, masked + 1).tolist()
+    edges = np.linspace(*ibot.mask_ratio_min_max, masked + 1).tolist()
     secret, masks = hash64(cfg.train.seed, "masks", step), np.zeros((len(places), n * n), dtype=bool)
     for mask, place in zip(masks, places):
         if (k := permute(secret, place, crops)) < masked:
@@ -484,13 +416,12 @@ def step_masks(cfg, step, places, crops):
             mask[rng.sample(np.flatnonzero(~mask).tolist(), wanted - int(mask.sum()))] = True
     masks = torch.from_numpy(masks)
     weights = (1 / masks.sum(1, keepdim=True)).expand_as(masks)[masks]
-    indices = masks.flatten().nonzero()[:, 0]
-    return dict(masks=masks if chance else None, mask_indices=indices, mask_weights=weights)
+    indices, masks = masks.flatten().nonzero()[:, 0], masks if ibot.mask_sample_probability else None
+    return dict(masks=masks, mask_indices=indices, mask_weights=weights)
 
 
-# ---- loader ---------------------------------------------------------------------------------------------
 def make_loader(cfg, dataset, device, start_step=0, rank=0, world=1):
-    """Micro-batches without end, from `start_step` on, augmented and on `device`: dicts of
+    """Micro-batches without end from `start_step` on, each from one worker, augmented on `device`: dicts of
 
     globals (2B, 3, S, S), locals (L*B, 3, s, s) or None: float32, crop-major; masks (2B, N) bool or None;
     mask_indices (M,) into the flat 2B * N; mask_weights (M,) = 1 / masked patches of that crop; samples (B,)
@@ -498,31 +429,22 @@ def make_loader(cfg, dataset, device, start_step=0, rank=0, world=1):
     """
     crops, workers = Crops(dataset, cfg, rank, world), cfg.train.num_workers
     order = ((step, micro) for step in itertools.count(start_step) for micro in range(cfg.train.accumulate))
-    settings = dict(pin_memory=torch.device(device).type == "cuda", timeout=TIMEOUT if workers else 0)
-    # batch_size None: one worker makes a whole micro-batch, on one thread (PyTorch sees to that).
-    loader = torch.utils.data.DataLoader(crops, None, sampler=order, num_workers=workers, **settings)
-    batches = iter(loader)
+    options = dict(num_workers=workers, timeout=TIMEOUT if workers else 0, pin_memory="cuda" in str(device))
+    batches = iter(torch.utils.data.DataLoader(crops, batch_size=None, sampler=order, **options))
     while True:
         try:
             batch = next(batches)
-        except (RuntimeError, UserError) as error:
-            reason = str(error).strip().splitlines()[-1]  # of a worker's traceback, the line that says what
+        except Exception as error:  # also a worker's, with its traceback as message: the last line says what
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
             at = ", ".join(crops.name(i) for i in crops.at.tolist() if i >= 0)
-            raise UserError(f"reading images stopped ({reason}); the last ones read were {at}") from error
+            raise UserError(f"reading images stopped: {reason}; last read: {at}") from error
+        groups = zip(batch.pop("views"), batch.pop("params"))
+        views = [photometric(x.to(device, non_blocking=True), p) if len(x) else None for x, p in groups]
         batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        views, params = [x.to(device, non_blocking=True) for x in batch.pop("views")], batch.pop("params")
-        batch["globals"] = photometric(views[0], params[0])
-        batch["locals"] = photometric(views[1], params[1]) if len(views[1]) else None
-        yield batch
-
-
-def main():
-    if sys.argv[1:] != ["--bench"]:
-        raise UserError("data.py is imported by train.py; by itself it only does: python data.py --bench")
-    from tests.test_augment import bench  # the yardstick is what the tests of parity compare with
-
-    bench()
+        yield dict(batch, globals=views[0], locals=views[1])
 
 
 if __name__ == "__main__":
-    run(main)
+    from tests.test_augment import bench  # the yardstick is what the tests of parity compare with
+
+    run(bench)

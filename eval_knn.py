@@ -82,14 +82,20 @@ def eval_sets(cfg, train_path="", test_path="", limit=0):
     paths = train_path or cfg.evaluation.train_path, test_path or cfg.evaluation.test_path
     if not all(paths):
         raise UserError(
-            "no labelled images to evaluate on: give --train and --test, or evaluation.train_path and .test_path"
+            "no labelled images: give --train and --test, or evaluation.train_path and evaluation.test_path"
         )
     size = cfg.evaluation.image_size or cfg.crops.global_crops_size
     resize = cfg.evaluation.resize_size or size
     bank, queries = (EvalImages(open_source(p), size, resize, limit) for p in paths)
     for images, path in ((bank, paths[0]), (queries, paths[1])):
-        if images.dataset.classes is None:
-            raise UserError(f"{path} has no labels (no class sub-folders): k-NN needs labelled images")
+        if all(images[i] is None or images[i][1] < 0 for i in range(min(8, len(images)))):
+            raise UserError(f"{path} has no labels (sub-folders, .cls files): k-NN needs labelled images")
+    names = bank.dataset.classes, queries.dataset.classes
+    if None not in names and names[0] != names[1]:  # labels are numbers in the order of the names
+        odd = sorted(set(names[0]) ^ set(names[1]))[:3]
+        raise UserError(
+            f"{paths[0]} and {paths[1]} do not have the same classes: {', '.join(odd)} is in one alone"
+        )
     return bank, queries
 
 
@@ -123,9 +129,9 @@ def main():
     print(f"{args.weights}: {describe(backbone)}; {len(bank)} images in the bank, {len(queries)} queries")
     workers = cfg.train.num_workers
     torch.manual_seed(0)
+    random = VisionTransformer(**backbone.arch, init_std=cfg.student.init_std)
     rows = {"this backbone": knn_backbone(backbone.to(device), bank, queries, num_workers=workers),
-            "random initialisation": knn_backbone(VisionTransformer(**backbone.arch).to(device), bank, queries,
-                                                  num_workers=workers),
+            "random initialisation": knn_backbone(random.to(device), bank, queries, num_workers=workers),
             "raw pixels": knn_pixels(bank, queries)}  # fmt: skip
     print(f"{'top-1 accuracy':22s}" + "".join(f"  k={k:<5d}" for k in rows["raw pixels"]))
     for name, row in rows.items():

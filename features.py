@@ -16,7 +16,10 @@ CACHE_BYTES = 512 * 2**20  # evaluation images up to this total are decoded once
 
 
 def preprocess(image, size, resize):
-    """PIL RGB -> uint8 (3, size, size): short side to `resize` (bicubic), centre crop (DINOv2's k-NN protocol: 256, 224)."""
+    """PIL RGB -> uint8 (3, size, size): short side to `resize` (bicubic), then the centre.
+
+    DINOv2's k-NN protocol is resize 256, size 224.
+    """
     scale = resize / min(image.size)
     if min(image.size) != resize:
         image = image.resize([max(round(s * scale), size) for s in image.size], Image.BICUBIC)
@@ -25,7 +28,7 @@ def preprocess(image, size, resize):
 
 
 class EvalImages(Dataset):
-    """Images ready for a backbone: item i is (uint8 (3, size, size), label), or None for an image that does not decode."""
+    """Images ready for a backbone: item i is (uint8 (3, size, size), label), or None for a bad image."""
 
     def __init__(self, dataset, size, resize=0, limit=0):
         self.dataset, self.size, self.resize = dataset, size, resize or size
@@ -69,7 +72,7 @@ def batches(images, batch_size=256, num_workers=0):
 
 @torch.no_grad()
 def extract(backbone, images, batch_size=256, num_workers=0, patches=False):
-    """The whole of EvalImages through a backbone -> cls (n, D) fp32, labels (n,), and patches (n, N, D) if asked for."""
+    """All EvalImages through a backbone -> cls (n, D) fp32, labels (n,), patches (n, N, D) if asked for."""
     device = next(backbone.parameters()).device
     was_training = backbone.training
     backbone.eval()
@@ -85,7 +88,7 @@ def extract(backbone, images, batch_size=256, num_workers=0, patches=False):
 
 
 def ridge(x, y, strength=1e-3):
-    """Linear regression in closed form: x (n, D), y (n,) or (n, C) -> a function of features (m, D) -> (m,) or (m, C)."""
+    """Linear regression in closed form, x (n, D) and y (n,) -> a function (m, D) -> (m,)."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x = F.pad((x - mean) / std, (0, 1), value=1.0)  # the last column is the bias
     gram = x.T @ x + strength * len(x) * torch.eye(x.shape[1])
@@ -93,13 +96,14 @@ def ridge(x, y, strength=1e-3):
     return lambda new: F.pad((new - mean) / std, (0, 1), value=1.0) @ weights
 
 
-def foreground_miou(backbone, scenes, size, train=400, test=200):
-    """How well one linear map of patch tokens tells objects from background on scenes: mean IoU of the two,
-    in pixels.
+def foreground_miou(backbone, scenes, size):
+    """How well one linear map of patch tokens tells objects from background: mean IoU of the two, in pixels.
 
-    The map is fitted on the first `train` scenes against the share of foreground in each patch; its answer is
-    enlarged (bilinear) and cut at one half. The test scenes are the `test` that follow.
+    The map is fitted on two thirds of (at most) 600 scenes, to the share of foreground in each patch, and
+    scored on the others; its answer is enlarged (bilinear) and cut at one half.
     """
+    n = min(600, len(scenes))
+    train, test = n - n // 3, n // 3
     masks = torch.stack([torch.from_numpy(scenes.scene(i)[2] > 0) for i in range(train + test)]).float()
     masks = F.interpolate(masks[:, None], size=(size, size), mode="area")  # (n, 1, S, S)
     images = EvalImages(scenes, size)

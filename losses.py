@@ -177,7 +177,8 @@ def diagnose(targets, student_logits, features, student_temp=0.1):
     K = targets.shape[-1]
     mean = targets.mean(dim=0)
     row_entropy = torch.special.entr(targets).sum(dim=-1).mean()
-    singular = torch.linalg.svdvals((features - features.mean(dim=0)).float())
+    features = torch.nan_to_num(features.float())  # a sick batch must not stop the one who looks at it
+    singular = torch.linalg.svdvals(features - features.mean(dim=0))
     share = singular / singular.sum().clamp(min=1e-12)
     return {
         "entropy": row_entropy / math.log(K),
@@ -188,11 +189,15 @@ def diagnose(targets, student_logits, features, student_temp=0.1):
 
 
 def collapse(entropy, entropy_mean):
-    """One plain sentence if the teacher's answers have collapsed, else None. Both entropies over ln K, in 0...1."""
+    """A plain sentence if the teacher's answers have collapsed, else None. Both entropies are over ln K."""
     if entropy_mean < 0.1:
-        return ("collapsed to one-hot: the teacher gives nearly the same prototype to every image (and the loss looks best of "
-                "all). Try train.centering=sinkhorn_knopp, a higher teacher.teacher_temp, or a lower optim.base_lr")  # fmt: skip
+        return (
+            "collapsed to one-hot: every image gets one prototype, and the loss looks splendid; "
+            "try train.centering=sinkhorn_knopp, a higher teacher.teacher_temp, or a lower optim.base_lr"
+        )
     if entropy > 0.99:
-        return ("collapsed to uniform: the teacher has no opinion and the loss sits at ln K. Try a lower teacher.teacher_temp, "
-                "fewer prototypes, or a higher optim.base_lr; in the first steps of a run this is normal")  # fmt: skip
+        return (
+            "collapsed to uniform: the teacher has no opinion, and the loss sits at ln K; "
+            "try a lower teacher.teacher_temp, fewer prototypes, or a higher optim.base_lr"
+        )
     return None

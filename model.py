@@ -3,17 +3,14 @@
 What is unusual here, compared with a textbook ViT:
 - register tokens sit between [CLS] and the patches and have no position (Darcet et al. 2023, "Vision
   Transformers Need Registers"); the order is [CLS, registers x R, patches x N];
-- several resolutions run in one pass (`forward_crops`): the tokens of all crops are laid end to end, so that
-  norms, linears and MLPs see one large matrix, and only attention looks at one group of equal length at a
-  time;
-- stochastic depth drops whole images from the *computation* of a branch, not only from its result (DINOv2
-  section 5);
+- several resolutions run in one pass (`forward_crops`): the tokens of all crops lie end to end, so that
+  norms, linears and MLPs see one large matrix; only attention looks at one group of equal length at a time;
+- stochastic depth drops images from the *computation* of a branch, not only from its result (section 5);
 - parameter names are DINOv2's own, so that Meta's released files load with strict=True and without renaming.
 
 Legend, used in every file: B images, V views, N patches, R registers, D width, H heads, K prototypes, M
-masked patches, L local crops, T tokens of all crops together. Sizes of a ViT-B/16 with 4 registers at 224 px
-(`python model.py`): 3 x 224 x 224 -> 196 patches -> 201 tokens x 768 -> cls 768, registers 4 x 768, patches
-196 x 768 -> head 65,536.
+masked patches, L local crops, T tokens of all crops together. A ViT-B/16 with 4 registers: image 3 x 224 x
+224 -> 196 patches -> 201 tokens x 768 -> cls 768, registers 4 x 768, patches 196 x 768 -> head 65,536.
 """
 
 import math
@@ -25,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import UserError, run
+from config import UserError
 
 SIZES = {  # DINOv2 Table 17 (which prints 18 blocks for B: a misprint, code and weights have 12)
     "vit_laptop": dict(
@@ -92,7 +89,7 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(a) * b with (a | b) = w12 x (Shazeer 2020); two thirds of the MLP's width keeps the parameter count."""
+    """silu(a) * b with (a | b) = w12 x (Shazeer 2020); two thirds of the width keep the parameter count."""
 
     def __init__(self, dim, hidden):
         super().__init__()
@@ -106,7 +103,7 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned gain per channel on each branch; starting near zero keeps deep models calm (Touvron et al. 2021)."""
+    """A learned gain per channel; starting small, it keeps deep models calm (Touvron et al. 2021)."""
 
     def __init__(self, dim, init):
         super().__init__()
@@ -118,8 +115,7 @@ class LayerScale(nn.Module):
 
 
 def drop_path(x, groups, branch, rate):
-    """x + branch(x) for a random subset of the images, x for the others (DINOv2 section 5, "efficient
-    stochastic depth").
+    """x + branch(x) for a random subset of the images, x for the others (DINOv2 section 5).
 
     The dropped images are not computed at all: at rate 0.4 a block costs 40 % less. Each group (crop size)
     draws its own subset of k = max(floor(b (1 - rate)), 1) images, and the residual is scaled by b / k, so
@@ -140,7 +136,7 @@ def drop_path(x, groups, branch, rate):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on laid-out tokens (T, D): x + ls1(attn(norm1 x)), then x + ls2(mlp(norm2 x))."""
+    """Pre-norm block on tokens (T, D): x + ls1(attn(norm1 x)), then x + ls2(mlp(norm2 x))."""
 
     def __init__(self, dim, num_heads, ffn_layer, layerscale, drop_path_rate):
         super().__init__()
@@ -168,7 +164,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cuts an image into p x p patches and maps each linearly to D numbers: a convolution whose stride is its size."""
+    """Maps each p x p patch linearly to D numbers: a convolution whose stride is its size."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
@@ -190,13 +186,13 @@ class VisionTransformer(nn.Module):
     0.0 with antialias (registers). The wrong one costs 3-8 % of a feature's magnitude.
     """
 
-    def __init__(self, embed_dim, depth, num_heads, patch_size=14, img_size=518, num_register_tokens=0, ffn_layer="mlp",
-                 layerscale=1e-5, drop_path_rate=0.0, drop_path_uniform=True, interpolate_antialias=False,
-                 interpolate_offset=0.1):  # fmt: skip
+    def __init__(self, embed_dim, depth, num_heads, *, patch_size=14, img_size=518, num_register_tokens=0,
+                 ffn_layer="mlp", layerscale=1e-5, interpolate_antialias=False, interpolate_offset=0.1,
+                 drop_path_rate=0.0, drop_path_uniform=True, init_std=0.02):  # fmt: skip
+        self.arch = dict(
+            list(locals().items())[1:11]
+        )  # what a weights file must say of itself: embed_dim ... offset
         super().__init__()
-        self.arch = {
-            k: v for k, v in locals().items() if k not in ("self", "__class__") and "drop_path" not in k
-        }
         self.embed_dim, self.patch_size, self.num_register_tokens = embed_dim, patch_size, num_register_tokens
         self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
@@ -205,16 +201,14 @@ class VisionTransformer(nn.Module):
         if num_register_tokens:  # absent without registers, as in the released files
             self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
-        rates = [
-            drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1)
-            for i in range(depth)
-        ]
+        ramp = [1.0 if drop_path_uniform else i / max(depth - 1, 1) for i in range(depth)]
+        rates = [drop_path_rate * share for share in ramp]
         self.blocks = nn.ModuleList([Block(embed_dim, num_heads, ffn_layer, layerscale, r) for r in rates])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.init_weights()
+        self.init_weights(init_std)
 
-    def init_weights(self):
-        """As the authors': truncated normals of 0.02, tokens almost zero; the patch convolution keeps PyTorch's default."""
+    def init_weights(self, std):
+        """The authors', for std 0.02: truncated normals, tokens almost zero; the convolution as PyTorch's."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.num_register_tokens:
@@ -223,7 +217,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed.proj.reset_parameters()
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
@@ -238,9 +232,7 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         grid = self.pos_embed[:, 1:].float().reshape(1, M, M, D).permute(0, 3, 1, 2)  # (1, D, M, M)
         how = dict(mode="bicubic", align_corners=False, antialias=self.interpolate_antialias)
-        if (
-            self.interpolate_offset
-        ):  # the offset shifts the sampling grid too, so size= would not be the same thing
+        if self.interpolate_offset:  # it shifts the sampling grid too, so size= would not be the same thing
             factor = ((h + self.interpolate_offset) / M, (w + self.interpolate_offset) / M)
             grid = F.interpolate(grid, scale_factor=factor, **how)
         else:
@@ -253,8 +245,10 @@ class VisionTransformer(nn.Module):
         B, _, height, width = images.shape
         p = self.patch_size
         if height % p or width % p:
-            raise UserError(f"an image of {width} x {height} does not divide into patches of {p} x {p}: "
-                            f"crop or pad it to {max(width // p, 1) * p} x {max(height // p, 1) * p}")  # fmt: skip
+            fits = f"{max(width // p, 1) * p} x {max(height // p, 1) * p}"
+            raise UserError(
+                f"an image of {width} x {height} does not divide into {p} x {p} patches: make it {fits}"
+            )
         x = self.patch_embed(images)
         if masks is not None:  # before the position is added: a masked patch still knows where it is
             x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
@@ -305,13 +299,14 @@ class VisionTransformer(nn.Module):
 
 
 class WeightNormLinear(nn.Module):
-    """y = g v / |v| x, row by row, without bias. A prototype is a direction v with a length g (Salimans & Kingma 2016)."""
+    """y = g v / |v| x, row by row, without bias: a prototype is a direction v with a length g.
+
+    DINOv1 froze the lengths, DINOv2 trains (and decays) them. (Salimans & Kingma 2016.)
+    """
 
     def __init__(self, in_dim, out_dim, freeze_g=False):
         super().__init__()
-        self.weight_g = nn.Parameter(
-            torch.ones(out_dim, 1), requires_grad=not freeze_g
-        )  # DINOv1 froze it; DINOv2 trains it
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not freeze_g)
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
 
     def forward(self, x):
@@ -319,21 +314,22 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """Features (M, D) -> logits (M, K): an MLP, then cosine similarity with K prototypes (times their learned length)."""
+    """Features (M, D) -> logits (M, K): an MLP, then the cosine with each prototype, times its length."""
 
-    def __init__(self, in_dim, out_dim, nlayers=3, hidden_dim=2048, bottleneck_dim=256, freeze_g=False):
+    def __init__(self, in_dim, out_dim, nlayers=3, hidden_dim=2048, bottleneck_dim=256, freeze_g=False,
+                 init_std=0.02):  # fmt: skip
         super().__init__()
         dims = [in_dim] + [hidden_dim] * (nlayers - 1) + [bottleneck_dim]
         layers = [nn.Linear(a, b) for a, b in zip(dims, dims[1:], strict=False)]
         spaced = [m for layer in layers for m in (layer, nn.GELU())][:-1]  # GELU between, none after the last
         self.mlp = nn.Sequential(*spaced) if nlayers > 1 else layers[0]  # keys mlp.0/2/4.*, or mlp.* alone
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, freeze_g)
-        self.init_weights()
+        self.init_weights(init_std)
 
-    def init_weights(self):
+    def init_weights(self, std):
         for module in self.mlp.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
         bound = self.last_layer.weight_v.shape[1] ** -0.5  # nn.Linear's default, as in the authors' code
         nn.init.uniform_(self.last_layer.weight_v, -bound, bound)
@@ -355,16 +351,17 @@ class DINOv2(nn.Module):
         super().__init__()
         s = cfg.student
         self.backbone = VisionTransformer(
-            **SIZES[s.arch], patch_size=s.patch_size, img_size=s.pos_embed_size or cfg.crops.global_crops_size,
-            num_register_tokens=s.num_register_tokens, ffn_layer=s.ffn_layer, layerscale=s.layerscale,
+            **SIZES[s.arch], patch_size=s.patch_size, num_register_tokens=s.num_register_tokens,
+            img_size=s.pos_embed_size or cfg.crops.global_crops_size,
+            ffn_layer=s.ffn_layer, layerscale=s.layerscale,
+            interpolate_antialias=s.interpolate_antialias, interpolate_offset=s.interpolate_offset,
             drop_path_rate=drop_path_rate, drop_path_uniform=s.drop_path_uniform,
-            interpolate_antialias=s.interpolate_antialias, interpolate_offset=s.interpolate_offset)  # fmt: skip
+            init_std=s.init_std)  # fmt: skip
         for name, c in (("dino_head", cfg.dino), ("ibot_head", cfg.ibot)):
-            if name == "ibot_head" and not cfg.ibot.separate_head:
-                continue
-            head = DINOHead(self.backbone.embed_dim, c.head_n_prototypes, c.head_nlayers, c.head_hidden_dim,
-                            c.head_bottleneck_dim, freeze_g=cfg.dino.freeze_weight_g)  # fmt: skip
-            setattr(self, name, head)
+            if name == "dino_head" or cfg.ibot.separate_head:
+                sizes = c.head_n_prototypes, c.head_nlayers, c.head_hidden_dim, c.head_bottleneck_dim
+                head = DINOHead(self.backbone.embed_dim, *sizes, cfg.dino.freeze_weight_g, s.init_std)
+                setattr(self, name, head)
 
     def heads(self, cls, masked_patches):
         """cls (n, D), masked_patches (M, D) -> logits (n, K), (M, K). A shared head runs once over both."""
@@ -377,7 +374,7 @@ class DINOv2(nn.Module):
 
 
 def read_weights(path):
-    """The tensors of a weights file, never running code from it: {name: tensor}, and what the file says of itself."""
+    """A weights file, never running code from it -> {name: tensor} of the backbone, its own description."""
     path = Path(path)
     if path.is_dir():
         path = path / "teacher.pth"
@@ -404,15 +401,14 @@ def architecture(tensors, arch, path):
         inferred = dict(
             embed_dim=D, patch_size=p, num_register_tokens=R,
             depth=1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")),
-            num_heads=D // 64,  # the shapes don't show it; all released models have heads of 64
+            num_heads=max(D // 64, 1),  # the shapes don't show it; all released models have heads of 64
             img_size=p * math.isqrt(tensors["pos_embed"].shape[1] - 1),
             ffn_layer="swiglu" if "blocks.0.mlp.w12.weight" in tensors else "mlp",
             layerscale=1.0 if "blocks.0.ls1.gamma" in tensors else 0,
             interpolate_antialias=R > 0, interpolate_offset=0.0 if R else 0.1)  # fmt: skip
     except (KeyError, ValueError) as e:
-        raise UserError(
-            f"{path} holds no DINOv2 backbone: it lacks {e}; its first names are {list(tensors)[:3]}"
-        ) from e
+        names = ", ".join(list(tensors)[:3])
+        raise UserError(f"{path} holds no DINOv2 backbone: it lacks {e}; its first names are {names}") from e
     return {**inferred, **arch}
 
 
@@ -424,9 +420,8 @@ def load_backbone(source):
     wrong = [k for k in expected if k not in tensors or tensors[k].shape != expected[k].shape]
     wrong += [k for k in tensors if k not in expected]
     if wrong:
-        raise UserError(
-            f"{source} is not the {describe(backbone)} that it looks like; first differing tensors: {wrong[:3]}"
-        )
+        names = ", ".join(wrong[:3])
+        raise UserError(f"{source} is not the {describe(backbone)} that it looks like; see {names}")
     backbone.load_state_dict(tensors, strict=True)
     return backbone.eval().requires_grad_(False)
 
@@ -436,25 +431,3 @@ def describe(backbone):
     a = backbone.arch
     return (f"ViT of width {a['embed_dim']}, depth {a['depth']}, patch {a['patch_size']}, "
             f"{a['num_register_tokens']} registers, {a['ffn_layer']}")  # fmt: skip
-
-
-def main():
-    """Prints the table of sizes and the dimensions of a ViT-B/16 with four registers on their way through the network."""
-    with torch.device("meta"):  # shapes without memory
-        for arch, size in SIZES.items():
-            ffn = "swiglufused" if arch == "vit_giant2" else "mlp"
-            counts = [sum(p.numel() for p in VisionTransformer(**size, num_register_tokens=r, ffn_layer=ffn).parameters())
-                      for r in (0, 4)]  # fmt: skip
-            print(f"{arch:11s} width {size['embed_dim']:5d}  depth {size['depth']:3d}  heads {size['num_heads']:3d}  "
-                  f"parameters at 518 px, patch 14: {counts[0]:13,d}, with 4 registers {counts[1]:13,d}")  # fmt: skip
-        model = VisionTransformer(**SIZES["vit_base"], patch_size=16, img_size=224, num_register_tokens=4)
-        images = torch.empty(1, 3, 224, 224)
-        tokens = model(images)
-        logits = DINOHead(768, 65536)(tokens.cls)
-        print(f"vit_base/16 at 224 px: image {tuple(images.shape[1:])} -> {tokens.patches.shape[1]} patches -> "
-              f"{model.embed(images).shape[1]} tokens x {model.embed_dim} -> cls {tokens.cls.shape[1]}, registers "
-              f"{tuple(tokens.registers.shape[1:])}, patches {tuple(tokens.patches.shape[1:])} -> head {logits.shape[1]:,}")  # fmt: skip
-
-
-if __name__ == "__main__":
-    run(main)

@@ -34,7 +34,7 @@ def multipliers(name, depth, layerwise_decay, patch_embed_lr_mult):
 
 
 def make_optimizer(student, cfg):
-    """AdamW over the student's parameters, grouped by equal multipliers; lr and weight decay are set at every step."""
+    """AdamW over the student's parameters, grouped by equal multipliers; `set_rates` sets lr and decay."""
     o, depth, groups = cfg.optim, len(student.backbone.blocks), {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -58,7 +58,7 @@ def cosine(step, start, end, total, warmup=0):
 
 
 def schedule(cfg, step, world_size=1):
-    """The five numbers of a step: lr, last_layer_lr, weight_decay, momentum (of the EMA), teacher_temp (DINOv2 Table 16)."""
+    """The five numbers of a step: lr, last_layer_lr, weight_decay, momentum, teacher_temp (Table 16)."""
     o, t, epoch = cfg.optim, cfg.teacher, cfg.train.OFFICIAL_EPOCH_LENGTH
     total = round(o.epochs * epoch)
     batch = cfg.train.batch_size_per_gpu * cfg.train.accumulate * world_size  # images of one step, not crops
@@ -83,7 +83,7 @@ def set_rates(optimizer, now):
 
 
 def clip_gradients(student, max_norm):
-    """Clip the norm of backbone and heads separately (not jointly) to max_norm -> {module: norm before clipping}."""
+    """Clip the norm of backbone and heads separately (not jointly) -> {module: norm before clipping}."""
     return {f"grad_{name}": torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
             for name, module in student.named_children()}  # fmt: skip
 

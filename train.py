@@ -16,6 +16,7 @@ of results.
 
 import argparse
 import json
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -39,9 +40,9 @@ from optim import clip_gradients, make_optimizer, schedule, set_rates, update_te
 from runfolder import RunFolder
 from visualize import pca_sheet
 
-# =====================================================================================================================
+# ==========================================================================================================
 # THE METHOD. Put your hands here.
-# =====================================================================================================================
+# ==========================================================================================================
 
 
 class Trainee:
@@ -114,7 +115,7 @@ def train_step(t, batch, now, cfg, look=False):
 
 @torch.no_grad()
 def teacher_targets(t, batch, tau, cfg):
-    """The teacher sees both global crops, unmasked -> Logits whose `globals` and `patches` are probabilities."""
+    """The teacher sees both global crops, unmasked -> Logits turned into probabilities (no locals)."""
     tokens = t.teacher.backbone(batch["globals"])
     masked = tokens.patches.flatten(0, 1)[batch["mask_indices"]]  # (M, D)
     cls, patches = t.teacher.heads(tokens.cls, masked)
@@ -159,16 +160,17 @@ def compute_losses(student, targets, batch, cfg):
     return terms
 
 
-# =====================================================================================================================
+# ==========================================================================================================
 # THE PLUMBING. Nothing below changes what is learned.
-# =====================================================================================================================
+# ==========================================================================================================
 
 
 def compute_dtype(cfg, device):
-    """fp32, bf16 or fp16 for the network's matrix products; `auto` is bf16 on a GPU that has it, else fp32."""
+    """fp32, bf16 or fp16 for the matrix products; `auto` is bf16 on a GPU that has it, else fp32."""
     wish = cfg.compute_precision.dtype
     if wish == "auto":
-        wish = "bf16" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        has_bf16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+        wish = "bf16" if has_bf16 else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wish]
 
 
@@ -198,38 +200,41 @@ def resume(t, folder):
 
 
 def save(t, run, cfg):
-    checkpoint.save(run.path / "checkpoints", t.step, checkpoint_state(t), {"step": t.step},
-                    cfg.train.keep_last, cfg.train.keep_every)  # fmt: skip
+    """A checkpoint to resume from, and the teacher as a plain file to use."""
+    keep = cfg.train.keep_last, cfg.train.keep_every
+    checkpoint.save(run.path / "checkpoints", t.step, checkpoint_state(t), {"step": t.step}, *keep)
     if dist.rank() == 0:
         checkpoint.save_teacher(run.path / "teacher.pth", t.teacher.state_dict(), t.teacher.backbone.arch)
 
 
 def arguments(argv):
+    """The command line -> (arguments, config)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="", help="a preset: configs/NAME.yaml (default: laptop)")
     parser.add_argument("--config", default="", help="a YAML file of your own, or the authors'")
     parser.add_argument(
-        "--output-dir", default="", help="the run folder (default: runs/NAME, or NAME-2, ... if it exists)"
+        "--output-dir", default="", help="the run folder (default: runs/NAME, or NAME-2, ...)"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="continue the run in --output-dir if there is one"
+        "--resume", action="store_true", help="continue the run in the folder, if there is one"
     )
     parser.add_argument(
-        "--max-minutes", type=float, default=0, help="stop early, with a checkpoint and the evaluation"
+        "--max-minutes", type=float, default=0, help="stop early, with checkpoint and evaluation"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. optim.base_lr=1e-3 train.seed=1"
     )
     args = parser.parse_intermixed_args(argv)
-    name = args.model or (Path(args.config).stem if args.config else "laptop")
-    cfg = config.load(args.config or None, args.model or (None if args.config else "laptop"), args.overrides)
+    preset = args.model or ("" if args.config else "laptop")
+    cfg = config.load(args.config or None, preset or None, args.overrides)
     if not cfg.train.dataset_path:
         cfg.train.dataset_path = f"scenes:20000:size={max(64, cfg.crops.global_crops_size)}"
-        print(f"no train.dataset_path given: training on the embedded scenes ({cfg.train.dataset_path})")
-    if not args.output_dir:
-        args.output_dir = cfg.train.output_dir or free_folder(Path("runs") / name, args.resume)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"no train.dataset_path: training on the embedded data, {cfg.train.dataset_path}")
+    folder = args.output_dir or cfg.train.output_dir
+    args.output_dir = folder or free_folder(Path("runs") / (preset or Path(args.config).stem), args.resume)
     return args, cfg
 
 
@@ -241,15 +246,15 @@ def free_folder(path, resume):
 
 
 class Watch:
-    """What the loop tells a person: a bar on a terminal, lines elsewhere; bad images, skipped steps, collapse."""
+    """What the loop tells a person: a bar or lines; bad images, lost steps, collapse."""
 
-    def __init__(self, run, cfg, steps, t):
-        self.run, self.cfg, self.first = run, cfg, t.step
-        self.bad, self.skipped, self.suspicion, self.warned = 0, 0, 0, False
-        tty = sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=t.step, disable=dist.rank() != 0 or not tty, dynamic_ncols=True)
-        self.lines = dist.rank() == 0 and not tty
-        self.seconds, self.images, self.knn = 0.0, 0, None  # of training alone
+    def __init__(self, run, cfg, t, steps):
+        self.run, self.cfg, self.first, self.steps = run, cfg, t.step, steps
+        self.bad, self.lost, self.suspicion, self.warned = 0, 0, 0, False
+        self.seconds, self.images, self.knn = 0.0, 0, None  # seconds and images of training alone
+        first, tty = dist.rank() == 0, sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=t.step, disable=not (first and tty), dynamic_ncols=True)
+        self.lines = first and not tty
 
     def images_seen(self, batch, step):
         """Count the images that did not decode, write them down, and stop when they are too many."""
@@ -260,102 +265,95 @@ class Watch:
                 f.writelines(json.dumps(dict(step=step, path=str(p), reason=r)) + "\n" for p, r in bad)
         seen = (step + 1 - self.first) * sum(len(micro["samples"]) for micro in batch)
         if dist.agree(self.bad > self.cfg.train.max_bad_images * max(seen, 1000)):
+            limit, file = self.cfg.train.max_bad_images, self.run.path / "bad_images_rank*.jsonl"
             raise UserError(f"{self.bad} of {seen} images could not be read, more than train.max_bad_images "
-                            f"({self.cfg.train.max_bad_images:.0%}); they are listed in {self.run.path}/bad_images_rank*.jsonl")  # fmt: skip
+                            f"({limit:.2%}): mend or remove those in {file}, or raise the limit")  # fmt: skip
 
-    def step_done(self, step, metrics, now):
-        """Log one step: a line in metrics.jsonl and the numbers on the bar. Reading the metrics waits for the device."""
-        row = {
-            k: round(dist.all_reduce(v.float().clone()).item() / dist.world_size(), 6)
-            for k, v in metrics.items()
-        }
+    def step_done(self, metrics, now, t):
+        """A line in metrics.jsonl, the numbers on the bar. Reading the metrics waits for the device."""
+        mean = {k: dist.all_reduce(v.float().clone()).item() / dist.world_size() for k, v in metrics.items()}
         rate = self.images / max(self.seconds, 1e-9)
-        row = dict(step=step, **row, **now, images_per_second=round(rate, 1))
+        row = dict(step=t.step, **mean, **now, images_per_second=round(rate, 1))
         if torch.cuda.is_available():
             row["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        if dist.rank() == 0:
-            self.run.log(row)
+        self.run.log(row)
+        knn = "-" if self.knn is None else f"{self.knn:.3f}"
         shown = dict(loss=f"{row['loss']:.3f}", H=f"{row['entropy']:.2f}", Hm=f"{row['entropy_mean']:.2f}",
-                     rank=f"{row['rank']:.0f}", knn=f"{self.knn:.3f}" if self.knn is not None else "-",
-                     img_s=f"{rate:.0f}")  # fmt: skip
+                     rank=f"{row['rank']:.0f}", knn=knn, img_s=f"{rate:.0f}")  # fmt: skip
         self.bar.set_postfix(shown)
         if self.lines:
-            print(f"step {step:6d}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
-        self.collapsed(step, row)
+            print(f"step {t.step:6d}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+        self.collapsed(row)
 
-    def collapsed(self, step, row):
-        """Say so once, after three looks in a row: a moment of low entropy is no collapse, and every run starts uniform."""
+    def collapsed(self, row):
+        """Say so once, after three looks in a row: a moment is no collapse, and every run starts uniform."""
         sentence = collapse(row["entropy"], row["entropy_mean"])
-        early = step < max(50, 0.05 * self.bar.total) and sentence and "uniform" in sentence
-        self.suspicion = self.suspicion + 1 if sentence and not early else 0
-        if self.suspicion == 3 and not self.warned and dist.rank() == 0:
+        if sentence and "uniform" in sentence and row["step"] < max(50, 0.05 * self.steps):
+            sentence = None
+        self.suspicion = self.suspicion + 1 if sentence else 0
+        if self.suspicion == 3 and not self.warned:
             self.warned = True
-            self.run.log(dict(step=step, warning=sentence))
-            tqdm.write(f"warning: step {step}: {sentence}", file=sys.stderr)
+            self.run.log(dict(step=row["step"], warning=sentence))
+            if dist.rank() == 0:
+                tqdm.write(f"warning: step {row['step']}: {sentence}", file=sys.stderr)
 
-    def skipped_step(self, metrics, batch, step, t):
-        """Count steps that were not taken. In fp16 a few in a row are the loss scale finding its size."""
-        self.skipped = self.skipped + 1 if metrics["skipped"] else 0
-        if self.skipped:
+    def step_lost(self, metrics, batch, t):
+        """Name the images of a step that was not taken. In fp16 a few are the loss scale finding its size."""
+        self.lost = self.lost + 1 if metrics["skipped"] else 0
+        if self.lost:
             samples = [int(i) for micro in batch for i in micro["samples"]]
-            self.run.log(dict(step=step, rank=dist.rank(), skipped_samples=samples))
-        if self.skipped > self.cfg.train.max_nan + 20 * t.scaler.is_enabled():
-            print(f"error: loss or gradient not finite in {self.skipped} steps in a row; the teacher is untouched. Try a lower "
-                  f"optim.base_lr or compute_precision.dtype=fp32; the images are named in metrics.jsonl", file=sys.stderr)  # fmt: skip
+            self.run.log(dict(step=t.step, skipped_samples=samples))
+        if self.lost > self.cfg.train.max_nan + 20 * t.scaler.is_enabled():
+            print(f"error: no finite loss and gradient in {self.lost} steps in a row (their samples are in "
+                  "metrics.jsonl) and nothing moved: try a lower optim.base_lr or compute_precision.dtype=fp32",
+                  file=sys.stderr)  # fmt: skip
             sys.exit(70)
 
 
 class Judge:
-    """k-NN of the teacher while it trains, and the final numbers beside their baselines; silent without labelled images."""
+    """k-NN of the teacher, on the way and at the end with baselines; silent without labelled images."""
 
     def __init__(self, cfg, t):
-        self.cfg, self.sets, e = cfg, None, cfg.evaluation
-        if e.train_path and e.test_path and dist.rank() == 0:
-            self.sets = eval_sets(cfg)
+        self.cfg, e = cfg, cfg.evaluation
+        self.sets = eval_sets(cfg) if e.train_path and e.test_path and dist.rank() == 0 else None
         torch.manual_seed(cfg.train.seed)
-        self.random = VisionTransformer(**t.teacher.backbone.arch).to(next(t.teacher.parameters()).device)
+        device = next(t.teacher.parameters()).device
+        self.random = VisionTransformer(**t.teacher.backbone.arch, init_std=cfg.student.init_std).to(device)
 
     def knn(self, backbone):
+        """-> top-1 accuracy, or None on the ranks (and in the runs) that do not evaluate."""
         if self.sets is None:
             return None
-        k = self.cfg.evaluation.knn_k
-        return list(
-            knn_backbone(backbone, *self.sets, ks=(k,), batch_size=self.cfg.evaluation.batch_size).values()
-        )[0]
+        e = self.cfg.evaluation
+        return max(knn_backbone(backbone, *self.sets, ks=(e.knn_k,), batch_size=e.batch_size).values())
 
     def final(self, t, run):
-        """-> result.json and pca.png; a dict of the numbers."""
-        result, teacher = {}, t.teacher.backbone
+        """The numbers of result.json, and pca.png."""
         if self.sets is None:
-            return result
-        bank, queries = self.sets
-        result["knn_top1"] = self.knn(teacher)
-        result["knn_random_init"] = self.knn(self.random)
-        result["knn_pixels"] = list(knn_pixels(bank, queries, ks=(self.cfg.evaluation.knn_k,)).values())[0]
-        result["chance"] = chance(torch.cat([y for _, y in batches(queries)]))
-        if hasattr(queries.dataset, "scene"):
+            return {}
+        (bank, queries), teacher = self.sets, t.teacher.backbone
+        result = dict(knn_top1=self.knn(teacher), knn_random_init=self.knn(self.random),
+                      knn_pixels=max(knn_pixels(bank, queries, ks=(self.cfg.evaluation.knn_k,)).values()),
+                      chance=chance(torch.cat([y for _, y in batches(queries)])))  # fmt: skip
+        if hasattr(queries.dataset, "scene"):  # the embedded data knows what is object and what is background
             result["fg_miou"] = foreground_miou(teacher, queries.dataset, queries.size)
             result["fg_miou_random_init"] = foreground_miou(self.random, queries.dataset, queries.size)
-        device = next(teacher.parameters()).device
-        images = torch.stack([queries[i][0] for i in range(min(8, len(queries)))]).to(device)
-        pca_sheet([teacher, self.random], images).save(run.path / "pca.png")
+        sample = torch.stack([x for x, _ in (queries[i] for i in range(len(queries)))][:8])
+        pca_sheet([teacher, self.random], sample).save(run.path / "pca.png")
         return result
 
 
 def table(result):
     """The last lines on the console."""
     rows = [("k-NN top-1", "knn_top1", "knn_random_init", "knn_pixels", "chance"),
-            ("foreground mIoU", "fg_miou", "fg_miou_random_init", None, None)]  # fmt: skip
-    lines = [f"{'':18s}{'trained':>10s}{'random init':>13s}{'raw pixels':>12s}{'chance':>9s}"]
-    for name, *keys in rows:
-        if keys[0] in result:
-            cells = [f"{result[k]:.3f}" if k in result else "" for k in keys]
-            lines.append(f"{name:18s}{cells[0]:>10s}{cells[1]:>13s}{cells[2]:>12s}{cells[3]:>9s}")
-    lines = lines if len(lines) > 1 else []
-    lines.append(
-        f"{result['steps']} steps in {result['train_seconds']:.0f} s, {result['images_per_second']:.0f} images/s"
+            ("foreground mIoU", "fg_miou", "fg_miou_random_init")]  # fmt: skip
+    rows = [(name, [f"{result[k]:.3f}" for k in keys]) for name, *keys in rows if keys[0] in result]
+    head = [("", ["trained", "random init", "raw pixels", "chance"])] if rows else []
+    lines = [f"{name:16s}" + "".join(f"{cell:>13s}" for cell in cells) for name, cells in head + rows]
+    rate = result["images_per_second"]
+    return "\n".join(
+        [*lines, f"{result['steps']} steps in {result['train_seconds']:.0f} s, {rate:.0f} images/s"]
     )
-    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -368,68 +366,64 @@ def main(argv=None):
 
     # ---- the run folder, the data, the networks
     dataset = open_source(cfg.train.dataset_path)
-    run = RunFolder(args.output_dir, cfg.to_yaml(), args.resume)
-    run.watch_signals()
     t = Trainee(cfg, device)
     judge = Judge(cfg, t)
-    start = resume(t, run.path / "checkpoints") if args.resume else 0
-    run.rewind(start)
-    loader = make_loader(cfg, dataset, device, start, dist.rank(), dist.world_size())
+    run = RunFolder(args.output_dir, cfg.to_yaml(), args.resume)
+    run.watch_signals()
+    run.rewind(resume(t, run.path / "checkpoints") if args.resume else 0)
+    rank, world = dist.rank(), dist.world_size()
+    micro_batches = make_loader(cfg, dataset, device, t.step, rank, world)
     steps = round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
-    if dist.rank() == 0:
+    if rank == 0:
         size = sum(p.numel() for p in t.student.parameters())
-        print(f"{run.path}: {describe(t.student.backbone)}, {size:,} parameters with heads; {len(dataset):,} images from "
-              f"{cfg.train.dataset_path}; {steps} steps on {dist.world_size()} x {device} in {str(t.dtype)[6:]}", flush=True)  # fmt: skip
+        print(f"{run.path}: {describe(t.student.backbone)}; {size:,} parameters with heads")
+        print(
+            f"{len(dataset):,} images of {cfg.train.dataset_path}; {steps} steps on {world} x {device}, {t.dtype}"
+        )
 
     # ---- the loop: a straight line
-    watch, stop, began = Watch(run, cfg, steps, t), False, time.monotonic()
-    micro_batches = iter(loader)
-    while t.step < steps and not stop:
-        step, clock = t.step, time.monotonic()
+    watch, began, signalled, out_of_time = Watch(run, cfg, t, steps), time.monotonic(), False, False
+    while t.step < steps and not signalled and not out_of_time:
+        clock = time.monotonic()
         batch = [next(micro_batches) for _ in range(cfg.train.accumulate)]
-        watch.images_seen(batch, step)
-        now = schedule(cfg, step, dist.world_size())
-        torch.manual_seed(
-            hash((cfg.train.seed, step, dist.rank())) % 2**63
-        )  # for drop path: nothing to save, nothing to replay
-        look = step % cfg.train.log_every == 0 or step == steps - 1
+        watch.images_seen(batch, t.step)
+        now = schedule(cfg, t.step, world)
+        # Drop path draws from a seed of the step: nothing to save, nothing to replay.
+        torch.manual_seed(hash((cfg.train.seed, t.step, rank)) % 2**63)
+        look = t.step + 1 in (1, steps) or (t.step + 1) % cfg.train.log_every == 0
         metrics = train_step(t, batch, now, cfg, look)
         t.step += 1
         watch.seconds += time.monotonic() - clock
-        watch.images += dist.world_size() * sum(len(micro["samples"]) for micro in batch)
-        watch.skipped_step(metrics, batch, step, t)
+        watch.images += world * sum(len(micro["samples"]) for micro in batch)
+        watch.step_lost(metrics, batch, t)
         watch.bar.update()
+        # once in a while: log, look at the features, save, stop
         if look:
-            watch.step_done(step, metrics, now)
-        # once in a while: look at the features, save, stop
+            watch.step_done(metrics, now, t)
         every = cfg.evaluation.eval_period_iterations
         if every and t.step % every == 0 and t.step < steps:
             watch.knn = judge.knn(t.teacher.backbone)
             if watch.knn is not None:
                 run.log(dict(step=t.step, knn_top1=watch.knn))
-                if watch.lines:
-                    print(f"step {t.step:6d}  k-NN {watch.knn:.3f}", flush=True)
-        out_of_time = bool(args.max_minutes) and time.monotonic() - began > 60 * args.max_minutes
-        stop = dist.agree(run.stop_requested or out_of_time)
-        if cfg.train.checkpoint_every and t.step % cfg.train.checkpoint_every == 0:
+        if cfg.train.checkpoint_every and t.step % cfg.train.checkpoint_every == 0 and t.step < steps:
             save(t, run, cfg)
+        late = bool(args.max_minutes) and time.monotonic() - began > 60 * args.max_minutes
+        signalled, out_of_time = dist.agree(run.stop_requested), dist.agree(late)  # all ranks stop together
     watch.bar.close()
 
     # ---- the end
     save(t, run, cfg)
-    if run.stop_requested:
-        print(
-            f"stopped at step {t.step} of {steps} with a checkpoint; continue with --resume --output-dir {run.path}"
-        )
-        run.close()
-        sys.exit(75)
-    if dist.rank() == 0:
-        result = dict(judge.final(t, run), train_seconds=round(watch.seconds, 1), steps=t.step,
-                      images_per_second=round(watch.images / max(watch.seconds, 1e-9), 1), bad_images=watch.bad)  # fmt: skip
+    if rank == 0 and not signalled:
+        rate = round(watch.images / max(watch.seconds, 1e-9), 1)
+        result = dict(judge.final(t, run), steps=t.step, train_seconds=round(watch.seconds, 1),
+                      images_per_second=rate, bad_images=watch.bad)  # fmt: skip
         run.result(result)
         print(table(result))
+    elif rank == 0:
+        print(f"stopped at step {t.step} of {steps}; continue with --resume --output-dir {run.path}")
     run.close()
     dist.end()
+    return 75 if signalled else 0
 
 
 if __name__ == "__main__":

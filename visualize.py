@@ -21,7 +21,7 @@ from model import VisionTransformer, load_backbone
 
 
 def pca_colors(patches):
-    """patches (n, N, D) -> (n, N, 3) in 0...1: the first three principal components over all patches, outliers clipped."""
+    """patches (n, N, D) -> (n, N, 3) in 0...1: the first three principal components, outliers clipped."""
     n, N, D = patches.shape
     x = patches.reshape(-1, D).float()
     x = x - x.mean(0)

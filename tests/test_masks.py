@@ -47,7 +47,7 @@ def test_generator_statistics(grid):
 
 
 def test_strata_are_exact():
-    """Of 2G crops exactly half are masked, and the k-th sparsest takes a ratio from the k-th slice of .1-.5."""
+    """Of 2G crops exactly half are masked; the k-th sparsest has a ratio from the k-th slice of .1-.5."""
     cfg, crops = settings(), 64
     for step in range(3):
         counts = step_masks(cfg, step, range(crops), crops)["masks"].sum(1).sort().values.tolist()

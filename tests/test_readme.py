@@ -1,0 +1,99 @@
+"""The README is true: its commands parse, its files and settings exist, its line counts and results are those of today."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import config
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+LOG = (ROOT / "LOG.md").read_text()
+BLOCKS = re.findall(r"^```[a-z]*\n(.*?)^```", README + LOG, re.S | re.M)
+COMMANDS = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+COMMANDS += re.findall(r"`(python [^`]+)`", (README + LOG).replace("\n", " "))
+COMMANDS = [part for line in COMMANDS for part in re.split(r"&&|;", line.split("  #")[0])]
+SCRIPTS = [shlex.split(c) for c in COMMANDS if re.match(r"\s*(python|torchrun) ", c)]
+
+
+@cache
+def help_of(script):
+    return subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_there_are_commands():
+    assert len(SCRIPTS) >= 8 and any("torchrun" in c for c in SCRIPTS)
+
+
+@pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
+def test_command_parses(words):
+    scripts = [w for w in words if w.endswith(".py")]
+    if not scripts:
+        assert words[1:3] in (["-m", "pytest"], ["-m", "venv"])
+        return
+    assert (ROOT / scripts[0]).is_file()
+    after = words[words.index(scripts[0]) + 1 :]
+    flags = [w.split("=")[0] for w in after if w.startswith("--")]
+    assert all(f in help_of(scripts[0]) for f in flags), f"{scripts[0]} does not know one of {flags}"
+    if scripts[0] == "train.py":
+        train.arguments([*after, "--output-dir", "x"])  # every preset and setting exists, with a good value
+
+
+def test_files_and_links_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert "//" in link or (ROOT / link).exists(), link
+    for name in re.findall(r"`((?:configs|tests|results|assets)/[\w./*]+)`", README):
+        assert list(ROOT.glob(name.rstrip("/"))), name
+
+
+def test_line_counts():
+    counted = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
+    assert {name for name, _ in counted} == {p.name for p in ROOT.glob("*.py")}, "every top-level file has its row"
+    for name, lines in counted:
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), f"{name} has other than {lines} lines"
+
+
+def test_reading_closure():
+    """What `python train.py` executes fits an afternoon."""
+    core = [len((ROOT / f"{f}.py").read_text().splitlines()) for f in ("model", "losses", "data", "train")]
+    assert sum(core) <= 1600
+    widest = max((len(line), p.name) for p in ROOT.glob("*.py") for line in p.read_text().splitlines())
+    assert widest[0] <= 110, widest
+
+
+def test_every_logged_scalar_is_in_the_glossary(tmp_path):
+    glossary = set(re.findall(r"`(\w+)`", README.split("## What the logged numbers mean")[1].split("\n## ")[0]))
+    train.main(["--model", "debug", "--output-dir", str(tmp_path / "run"), "optim.epochs=0.5", "optim.warmup_epochs=0.25",
+                "optim.freeze_last_layer_epochs=0", "evaluation.eval_period_iterations=1",
+                "evaluation.test_path=scenes:50:seed=2", "ibot.separate_head=true"])  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = {k for row in rows for k in row}
+    rates = {"lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp"}  # the schedules, named as in the config
+    assert logged - rates - {"step"} <= glossary
+
+
+def test_settings_named_in_the_text_exist():
+    cfg = config.load()
+    sections = "|".join(vars(cfg))
+    for section, key in re.findall(rf"\b({sections})\.(\w+)", README + LOG):
+        assert hasattr(getattr(cfg, section), key) or key in ("py", "yaml"), f"{section}.{key}"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_results_are_quoted_as_measured(file):
+    """A table row that names a results file holds its numbers: `| ... | mean (min-max) | ... | results/x.json |`."""
+    summary = json.loads(file.read_text()).get("summary", {})
+    rows = [line for line in LOG.splitlines() if f"`results/{file.name}`" in line and line.startswith("|")]
+    assert rows, f"LOG.md has no row for {file.name}"
+    for row in rows:
+        for name, mean, low, high in re.findall(r"(\w+) ([\d.]+) \(([\d.]+)-([\d.]+)\)", row):
+            s = summary[name]
+            digits = len(mean.partition(".")[2])
+            assert [f"{s[k]:.{digits}f}" for k in ("mean", "min", "max")] == [mean, low, high], (row, s)
