@@ -8,8 +8,8 @@ A checkpoint is a folder, checkpoints/step_00001234/:
 
 What is unusual: the folder is written under another name, flushed to the disk and renamed as the last act, so
 what is called step_* was complete once (kill -9 during a plain torch.save spoils the file almost every time).
-And reading never runs code from a file: DCP unpickles its metadata, so here only its own few classes are let
-in. All ranks must see the same folder, and all of them must call `save`, `newest` and `restore`.
+And reading never runs code from a file: DCP unpickles its metadata; here, only its few classes are let in.
+All ranks must see the same folder, and all of them must call `save`, `newest` and `restore`.
 """
 
 import hashlib
@@ -41,12 +41,10 @@ ALLOWED = {  # all that DCP's metadata is made of; a pickle that names anything 
 
 
 def save(folder, step, state, meta=None, keep_last=3, keep_every=0):
-    """Write folder/step_XXXXXXXX and return its path; keep the newest `keep_last` and every `keep_every`-th
-    step.
+    """Write folder/step_XXXXXXXX -> its path; keep the newest `keep_last` and every `keep_every`-th step.
 
     state: nested dicts (string keys) and lists of tensors, DTensors, numbers, texts. meta: a dict of plain
-    values. All ranks return together. Raises UserError if the disk is full or not writable; the earlier
-    checkpoints are then untouched.
+    values. Raises UserError on all ranks if the disk is full or not writable: the earlier ones stay intact.
     """
     folder = Path(folder)
     target, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
@@ -83,8 +81,7 @@ def prepare(temporary):
 
 
 def write_tensors(temporary, state):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "assuming the intent is to save in a single process": it is
+    with warnings.catch_warnings(action="ignore"):  # "the intent is to save in a single process": it is
         dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
 
 
@@ -129,27 +126,21 @@ def steps(folder):
 
 
 def newest(folder):
-    """-> the newest checkpoint that is complete and intact, or None. A newer one passed over gets a line on
-    why.
-
-    Reads every byte of that checkpoint. Rank 0 decides, all ranks get the answer.
-    """
-    found, notes = None, []
+    """-> the newest intact checkpoint, or None; says why it passes over a newer one. Reads all its bytes."""
+    intact = None  # rank 0 decides, all ranks get the answer
     if rank() == 0:
-        notes = [f"{p}: its save was interrupted" for p in sorted(Path(folder).glob(".step_*.partial"))[-1:]]
-        for path in steps(folder):
-            reason = damage(path)
-            if not reason:
-                found = path
+        for path in [*sorted(Path(folder).glob(".step_*.partial"))[-1:], *steps(folder)]:
+            if not (reason := damage(path)):
+                intact = path
                 break
-            notes.append(f"{path}: {reason}")
-    for note in notes:
-        print(f"warning: passed over the checkpoint {note}", file=sys.stderr)
-    return from_first(found)
+            print(f"warning: passed over the checkpoint {path}: {reason}", file=sys.stderr)
+    return from_first(intact)
 
 
 def damage(path):
     """What is wrong with a checkpoint, in a few words; None if every file is as it was written."""
+    if path.suffix == ".partial":
+        return "its save was interrupted"
     try:
         files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
         for name, expected in files.items():
@@ -170,19 +161,17 @@ def damage(path):
 def restore(path, state):
     """Fill `state` (structured as it was saved) in place -> the content of meta.json.
 
-    A part of the top level, such as {"teacher": ...}, may be restored alone. Raises UserError that names the
-    first entries whose names or shapes differ, before anything is overwritten.
+    A part of the top level, such as {"teacher": ...}, may be restored alone. Raises UserError with the first
+    entries whose names or shapes differ, before anything is overwritten.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(state, storage_reader=Reader(path), planner=Planner(path))
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(state, storage_reader=Reader(path), planner=Planner())
         return json.loads((Path(path) / "meta.json").read_text(encoding="utf-8"))
     except (CheckpointException, OSError, ValueError) as e:
         e = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
-        if isinstance(e, UserError):
-            raise e from None
-        raise UserError(f"the checkpoint {path} cannot be read ({type(e).__name__}: {e})") from None
+        reason = str(e) if isinstance(e, UserError) else f"cannot be read ({type(e).__name__}: {e})"
+        raise UserError(f"the checkpoint {path} {reason}") from None
 
 
 class Unpickler(pickle.Unpickler):
@@ -203,12 +192,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class Planner(dcp.DefaultLoadPlanner):
-    """DCP's plan of what to load, after names and shapes are compared; numbers and texts load with
-    weights_only."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.path = path
+    """DCP's plan of what to load: names and shapes are compared first, values load with weights_only."""
 
     def set_up_planner(self, state_dict, metadata=None, is_coordinator=False):
         super().set_up_planner(state_dict, metadata, is_coordinator)
@@ -220,7 +204,7 @@ class Planner(dcp.DefaultLoadPlanner):
         if differ:
             no = "nothing"
             first = [f"{k}: {there.get(k, no)} there, {here.get(k, no)} here" for k in differ[:3]]
-            raise UserError(f"the checkpoint {self.path} is of another architecture or set of losses: "
+            raise UserError("is of another architecture or set of losses: "
                             f"{len(differ)} entries differ ({'; '.join(first)})")  # fmt: skip
 
     def load_bytes(self, read_item, value):
@@ -232,22 +216,20 @@ class Planner(dcp.DefaultLoadPlanner):
 
 
 def save_teacher(path, teacher_state_dict, arch):
-    """{"teacher": {official name: tensor}, "arch": {...}} in one plain file, atomically; weights_only=True
-    reads it.
+    """{"teacher": {official name: tensor}, "arch": {...}} in one plain file that weights_only=True reads.
 
-    The tensors must be whole (not sharded); rank 0 alone calls it. Raises UserError.
+    The tensors must be whole (not sharded); rank 0 alone calls it. Raises UserError; the old file then stays.
     """
-    path = Path(path)
     # copied: a view would drag its whole storage into the file
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in teacher_state_dict.items()}
-    reason = attempt(write_teacher, path, {"teacher": tensors, "arch": dict(arch)})
+    temporary = Path(path).with_name(f".{Path(path).name}.partial")
+    reason = attempt(write_file, temporary, Path(path), {"teacher": tensors, "arch": dict(arch)})
     if reason:
-        path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written ({reason}): make room or choose another folder")
 
 
-def write_teacher(path, content):
-    temporary = path.with_name(f".{path.name}.partial")
+def write_file(temporary, path, content):
     with open(temporary, "wb") as f:
         torch.save(content, f)
         f.flush()

@@ -8,6 +8,7 @@ unchanged; one warning lists their keys without a meaning here. "ours" marks a s
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -128,8 +129,7 @@ class Config:
 
     def to_yaml(self):
         """The resolved settings as YAML text, always in the same order; `load` reads it back unchanged."""
-        sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
-        return yaml.safe_dump(sections, sort_keys=False, width=10_000)
+        return yaml.safe_dump({name: asdict(s) for name, s in vars(self).items()}, sort_keys=False)
 
 
 SECTIONS = [name for name, section in vars(Config).items() if isinstance(section, type)]
@@ -146,15 +146,9 @@ def load(file=None, model=None, overrides=()):
     if model and model not in presets:
         near = get_close_matches(model, presets, 1, 0)[0]
         raise UserError(f"there is no model {model}; the nearest of {', '.join(presets)} is {near}")
-    values = {}
-    for path in filter(None, (presets.get(model), file)):
-        values |= read(path)
-    for text in overrides:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"'{text}' is no setting: write section.key=value, such as optim.epochs=10")
-        values[name] = parse(value, text)
-    cfg = Config()
+    cfg, values = Config(), {}
+    for source in filter(None, (presets.get(model), file and Path(file), *overrides)):
+        values |= read(source)
     for name, value in values.items():
         put(cfg, name, value)
     check(cfg)
@@ -163,67 +157,64 @@ def load(file=None, model=None, overrides=()):
     return cfg
 
 
-def read(path):
-    """A YAML file -> {"section.key": value}."""
+def read(source):
+    """A Path to a YAML file, or a text "section.key=value" -> {"section.key": value}. Runs no YAML tag."""
     try:
-        tree = parse(Path(path).read_text(encoding="utf-8"), path) or {}
+        if isinstance(source, str):
+            name, equals, value = source.partition("=")
+            if not equals:
+                raise UserError(f"'{source}' is no setting: write section.key=value, e.g. optim.epochs=10")
+            return {name: yaml.safe_load(value)}
+        tree = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"the config {path} cannot be read: {e}") from None
+        raise UserError(f"the config {source} cannot be read: {e}") from None
+    except (yaml.YAMLError, ValueError) as e:
+        raise UserError(f"{source} is not valid plain YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict) or any(not isinstance(content or {}, dict) for content in tree.values()):
-        raise UserError(f"the config {path} must hold sections, each with indented lines `key: value`")
+        raise UserError(f"the config {source} must hold sections, each with indented lines `key: value`")
     return {f"{section}.{key}": value for section in tree for key, value in (tree[section] or {}).items()}
 
 
-def parse(text, source):
-    """YAML as plain data: a tag such as !!python/object is refused, never run."""
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as e:
-        raise UserError(f"{source} is not valid plain YAML: {' '.join(str(e).split())}") from None
-
-
 def put(cfg, name, value):
-    """Set one "section.key", unless it is dead."""
+    """Set cfg.section.key for the name "section.key", unless it is dead."""
     if name in BIASES and value is not True:
         raise UserError(f"{name} is {value!r}, but these models always have that bias: remove the line")
-    if name not in KINDS and name not in DEAD:
+    if name in DEAD:
+        return
+    if name not in KINDS:
         same_key = [known for known in KINDS if known.split(".")[1] == name.split(".")[-1]]
         near = get_close_matches(name, same_key or KINDS, 1, 0)[0]
         raise UserError(f"there is no setting {name} (given as {value!r}); the nearest is {near}")
-    if name in KINDS:
-        section, key = name.split(".")
-        try:
-            setattr(getattr(cfg, section), key, convert(KINDS[name], value))
-        except (TypeError, ValueError, OverflowError) as e:
-            raise UserError(f"{name} is {value!r}, but must be {e}") from None
+    section, key = name.split(".")
+    try:
+        setattr(getattr(cfg, section), key, convert(KINDS[name], value))
+    except ValueError as e:
+        raise UserError(f"{name} is {value!r}, but must be {e}") from None
 
 
 def convert(kind, value):
-    """`value` as its annotation wants it (YAML reads 1e-4 as text: fine). The ValueError says what would do."""
-    origin, args = get_origin(kind), get_args(kind)
+    """`value` as its annotation wants it, or a ValueError that says what would do."""
+    origin, args = get_origin(kind) or kind, get_args(kind)
     if origin is Union:  # a word or a list
         return convert(args[isinstance(value, list)], value)
     if origin is tuple and isinstance(value, list) and len(value) == len(args):
         return tuple(map(convert, args, value))
-    if origin is Literal and value in args or kind in (bool, str) and isinstance(value, kind):
-        return value
-    if kind is str and value is None:
-        return ""
-    if origin is Annotated and not isinstance(value, bool):
+    if origin is Annotated and type(value) in (int, float, str):  # YAML reads 1e-4 as text
         number, low, high, _ = args
-        try:
+        with suppress(ValueError, OverflowError):
             if low <= float(value) <= high and number(float(value)) == float(value):
                 return number(float(value))
-        except (TypeError, ValueError):
-            pass
-    wanted = {bool: "true or false", str: "text", tuple: f"{len(args)} numbers"}
-    wanted |= {Literal: "one of " + ", ".join(map(str, args)), Annotated: args[-1:]}
-    raise ValueError(wanted[origin or kind])
+    if origin is Literal and value in args or origin in (bool, str) and isinstance(value, origin):
+        return value
+    if origin is str and value is None:
+        return ""
+    words = {bool: "true or false", str: "text", tuple: f"{len(args)} numbers"}
+    raise ValueError(words.get(origin) or (args[-1] if origin is Annotated else "one of " + ", ".join(args)))
 
 
 def check(cfg):
     """What no value shows alone: that they fit each other."""
-    v = {f"{s}.{key}": value for s in SECTIONS for key, value in vars(getattr(cfg, s)).items()}
+    v = {f"{name}.{key}": value for name, s in vars(cfg).items() for key, value in vars(s).items()}
     patch, group, batch = cfg.student.patch_size, cfg.dino.koleo_group, cfg.train.batch_size_per_gpu
     sizes = ["crops.global_crops_size", "student.pos_embed_size", "evaluation.image_size"]
     sizes += ["crops.local_crops_size"] if cfg.crops.local_crops_number else []

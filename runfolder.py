@@ -3,14 +3,12 @@
     runs/NAME/  config.yaml       the resolved settings: `python train.py --config runs/NAME/config.yaml`
                 environment.json  versions, hardware, git commit and diff, command
                 metrics.jsonl     one flat JSON object per logged step
-                result.json       the final numbers
+                result.json       the final numbers; they say that a run is done (torchrun turns 75 into 1)
                 lock              who is writing here now
                 checkpoints/, teacher.pth (checkpoint.py), pictures
 
-Exit codes of train.py: 0 done; 1 a mistake its user can mend; 70 internal error, or no finite loss; 75
-stopped by a signal after a checkpoint, run me again. (torchrun itself returns 1 after SIGTERM: a finished run
-is one that has a result.json.) What is unusual: files are replaced in one act, and a line that a crash tore
-is mended. All ranks make a RunFolder, for the signals; only rank 0 writes.
+Files are replaced in one act; a line that a crash tore is mended. Exit codes of train.py: 0 done; 1 a mistake
+its user can mend; 70 internal error, or no finite loss; 75 saved and stopped by a signal, run me again.
 """
 
 import json
@@ -19,10 +17,10 @@ import os
 import platform
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -38,106 +36,84 @@ except ImportError:  # Windows: no lock
 
 
 class RunFolder:
-    """Makes or reopens the folder `path`. Raises UserError if it belongs to another run, or cannot be
-    written.
+    """The folder `path`, made or reopened. All ranks make one, for the signals; only rank 0 writes.
 
-    Without `resume`, an existing folder must hold the same settings (`speed` apart); with it, differences are
-    told.
+    An existing folder must hold the same settings, `speed` apart; with `resume`, differences are told.
+    Raises UserError if the folder is in use, belongs to another run, or cannot be written.
     """
 
     def __init__(self, path, config_text, resume=False):
         self.path, self.stop_requested = Path(from_first(str(path))), False
-        self.lock, self.metrics, self.handlers = None, None, {}
-        problem = None
+        self.lock, self.handlers, problem = None, {}, None
         if rank() == 0:
             try:
                 self.open(config_text, resume)
-            except OSError as e:
-                problem = f"the run folder {path} cannot be written ({e}): choose another train.output_dir"
             except UserError as e:
                 problem = str(e)
-        problem = from_first(problem)
-        if problem:
+            except OSError as e:
+                problem = f"the run folder {path} cannot be written ({e}): choose another train.output_dir"
+        if problem := from_first(problem):
             self.close()
             raise UserError(problem)
 
     def open(self, config_text, resume):
-        strangers = self.path.is_dir() and not (self.path / "config.yaml").exists()
-        if strangers and any(p.name != "lock" and not p.name.startswith(".") for p in self.path.iterdir()):
-            raise UserError(
-                f"{self.path} has files but no config.yaml, so it is no run folder: choose another"
-            )
+        config, strangers = self.path / "config.yaml", self.path.glob("[!.]*")
+        if not config.exists() and any(p.name != "lock" for p in strangers):
+            raise UserError(f"{self.path} has files but no config.yaml, so is no run folder: choose another")
         self.path.mkdir(parents=True, exist_ok=True)
         self.take_lock()
-        changed = differences(self.path / "config.yaml", config_text)
+        changed = "; ".join(differences(config, config_text)) if config.exists() else ""
         if changed and not resume:
-            raise UserError(f"{self.path} holds a run with other settings ({'; '.join(changed)}): "
+            raise UserError(f"{self.path} holds a run with other settings ({changed}): "
                             f"add --resume to go on with yours, or choose another folder")  # fmt: skip
         if changed:
-            print(f"note: the run goes on with other settings: {'; '.join(changed)}", file=sys.stderr)
-        (self.path / "checkpoints").mkdir(exist_ok=True)
-        replace(self.path / "config.yaml", config_text)
+            print(f"note: the run goes on with other settings: {changed}", file=sys.stderr)
+        replace(config, config_text)
         replace(self.path / "environment.json", json.dumps(environment(), indent=1))
-        self.metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        (self.path / "checkpoints").mkdir(exist_ok=True)
 
     def take_lock(self):
-        """A lock of the operating system, which ends with its process however that dies; the pid is for
-        people.
-
-        So a file left by a dead run stops nobody, not even if its pid now belongs to another program. (lockf,
-        not flock: data-loading workers don't inherit it, and NFS knows it.)
-        """
-        self.lock = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+        """A lock of the operating system: it ends with its process, so a dead run's file stops nobody."""
+        self.lock = (self.path / "lock").open("a+", encoding="utf-8")
         try:
-            if fcntl:
+            if fcntl:  # lockf, not flock: data-loading workers don't inherit it, and NFS knows it
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.lock.seek(0)
             holder = self.lock.read().strip() or "another process"
             raise UserError(f"{self.path} is in use by {holder}: stop it, or choose another folder") from None
         self.lock.truncate(0)
-        self.lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        self.lock.write(f"pid {os.getpid()} on {platform.node()}\n")
         self.lock.flush()
 
     def log(self, row):
-        """Append one flat dict, flushed; one-element tensors are fine, nan and inf become null (JSON has
-        neither)."""
-        if self.metrics:
-            self.metrics.write(json.dumps({k: plain(v) for k, v in row.items()}) + "\n")
-            self.metrics.flush()
+        """Append one flat dict to metrics.jsonl."""
+        if rank() == 0:
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(as_json(row) + "\n")
 
     def rewind(self, step):
-        """After a restore at `step`: drop the rows of later steps, which will come again, and what a crash
-        tore."""
-        if not self.metrics:
+        """Drop the rows of steps after `step`, which will come again, and any line that a crash tore."""
+        kept, torn, file = [], 0, self.path / "metrics.jsonl"
+        if rank() > 0 or not file.exists():
             return
-        self.metrics.close()
-        kept, torn = [], 0
-        for line in (self.path / "metrics.jsonl").read_bytes().splitlines():
+        for line in file.read_bytes().splitlines():
             try:
-                row = json.loads(line)
-                kept += [line.decode() + "\n"] if row.get("step", 0) <= step else []
+                kept += [line.decode() + "\n"] if json.loads(line).get("step", 0) <= step else []
             except (ValueError, AttributeError, TypeError):
                 torn += 1
-        replace(self.path / "metrics.jsonl", "".join(kept))
+        replace(file, "".join(kept))
         if torn:
-            print(f"note: {torn} torn line(s) removed from {self.path / 'metrics.jsonl'}", file=sys.stderr)
-        self.metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            print(f"note: {torn} torn line(s) removed from {file}", file=sys.stderr)
 
     def result(self, numbers):
-        """Write result.json; that it exists means that the run is done."""
+        """Write result.json: the run is done."""
         if rank() == 0:
-            numbers = {k: plain(v) for k, v in numbers.items()}
-            replace(self.path / "result.json", json.dumps(numbers, indent=1))
+            replace(self.path / "result.json", as_json(numbers, indent=1))
 
     def watch_signals(self):
-        """From now on SIGTERM, SIGUSR1 and SIGUSR2 (schedulers send them) only set `stop_requested` to their
-        name.
-
-        The loop asks distributed.agree(folder.stop_requested) after each step. Ctrl-C stays
-        KeyboardInterrupt.
-        """
-        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
+        """From now on the signals that schedulers send only set `stop_requested` to their name."""
+        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):  # not SIGINT: Ctrl-C stays as it was
             if number := getattr(signal, name, None):
                 self.handlers[number] = signal.signal(number, self.on_signal)
 
@@ -145,34 +121,29 @@ class RunFolder:
         self.stop_requested = signal.Signals(number).name
 
     def close(self):
-        """Release the lock, close the files, give the signals back. The lock file stays: deleting it would
-        race."""
+        """Give the signals back and release the lock. Its file stays: deleting it would race."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        for file in filter(None, (self.metrics, self.lock)):
-            file.close()
-        self.handlers, self.metrics, self.lock = {}, None, None
+        if self.lock:
+            self.lock.close()
 
 
 def differences(path, config_text):
-    """["optim.epochs: 10 there, 20 now", ...] between a saved config and this one; `speed` may differ
-    freely."""
-    if not path.exists():
-        return []
+    """["optim.epochs: 10 there, 20 now", ...] between a saved config and this one, `speed` apart."""
     try:
-        there, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(config_text)
-        there, now = ({f"{s}.{k}": v for s, keys in c.items() for k, v in keys.items()} for c in (there, now))
-    except (yaml.YAMLError, ValueError, AttributeError):
+        configs = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(config_text)
+        there, now = ({f"{s}.{k}": v for s in c for k, v in c[s].items()} for c in configs)
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError):
         return [f"{path} is unreadable"]
     keys = [k for k in {**there, **now} if there.get(k) != now.get(k) and not k.startswith("speed.")]
     return [f"{k}: {there.get(k)} there, {now.get(k)} now" for k in keys]
 
 
-def plain(value):
-    """A value as JSON can hold it."""
-    if hasattr(value, "tolist"):  # tensors, numpy numbers
-        value = value.tolist()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def as_json(row, indent=None):
+    """A flat dict as text. Tensors of one number are fine; nan and inf become null (JSON has neither)."""
+    row = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
+    bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps(row | bad, indent=indent)
 
 
 def replace(path, text):
@@ -187,28 +158,23 @@ def replace(path, text):
 
 def environment():
     """Where and with what this run is made: a dict for environment.json."""
-    import numpy
-    import PIL
-
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "cwd": os.getcwd(),
-        "command": [sys.executable, *sys.argv],
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "numpy": numpy.__version__, "pillow": PIL.__version__, "system": platform.platform(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": [sys.executable, *sys.argv],
+        "system": platform.platform(), "python": platform.python_version(), "numpy": version("numpy"),
+        "pillow": version("pillow"), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cpu": cpu[1] if cpu else platform.processor(), "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "processes": world_size(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "git_commit": git("rev-parse", "HEAD").strip(), "git_diff": git("diff", "HEAD")[:200_000],
     }  # fmt: skip
 
 
 def git(*command):
     """Output of git in the folder of this file; empty without git or outside a repository."""
-    here = Path(__file__).parent
+    command = ["git", "-C", str(Path(__file__).parent), *command]
     try:
-        done = subprocess.run(["git", *command], cwd=here, capture_output=True, timeout=20)
-        return done.stdout.decode(errors="replace")
+        return subprocess.run(command, capture_output=True, timeout=20).stdout.decode(errors="replace")
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -95,21 +95,18 @@ def train_step(t, batch, now, cfg, look=False):
     metrics["loss"] = sum(metrics.values())
     norms = clip_gradients(t.student, cfg.optim.clip_grad)
     finite = torch.isfinite(torch.stack([metrics["loss"], *norms.values()])).all()
-    if dist.agree(not finite):  # the one place where the host waits for the device
+    lost = dist.agree(not finite)  # the one place where the host waits for the device
+    if lost:
         t.dino_center.reset(), t.ibot_center.reset()
     else:
         t.scaler.step(t.optimizer)
         update_teacher(t.teacher, t.student, now["momentum"])
         t.dino_center.update(), t.ibot_center.update()  # used from the next step on
     t.scaler.update()
-    metrics.update(norms, skipped=1.0 - finite.float())
-    if look:
-        crossed = targets.globals.flip(0).flatten(
-            0, 1
-        )  # (2B, K), beside the student's crops of the other view
-        metrics.update(
-            diagnose(crossed, student.globals.flatten(0, 1), targets.features[0], cfg.dino.student_temp)
-        )
+    metrics.update(norms, skipped=torch.tensor(float(lost)))
+    if look:  # targets of one view (2B, K) beside the student's answers to the other
+        crossed, answers = targets.globals.flip(0).flatten(0, 1), student.globals.flatten(0, 1)
+        metrics.update(diagnose(crossed, answers, targets.features[0], cfg.dino.student_temp))
     return metrics
 
 
@@ -304,9 +301,8 @@ class Watch:
             samples = [int(i) for micro in batch for i in micro["samples"]]
             self.run.log(dict(step=t.step, skipped_samples=samples))
         if self.lost > self.cfg.train.max_nan + 20 * t.scaler.is_enabled():
-            print(f"error: no finite loss and gradient in {self.lost} steps in a row (their samples are in "
-                  "metrics.jsonl) and nothing moved: try a lower optim.base_lr or compute_precision.dtype=fp32",
-                  file=sys.stderr)  # fmt: skip
+            print(f"error: no finite loss and gradient in {self.lost} steps in a row (see metrics.jsonl): "
+                  "try a lower optim.base_lr or compute_precision.dtype=fp32", file=sys.stderr)  # fmt: skip
             sys.exit(70)
 
 
@@ -377,9 +373,8 @@ def main(argv=None):
     if rank == 0:
         size = sum(p.numel() for p in t.student.parameters())
         print(f"{run.path}: {describe(t.student.backbone)}; {size:,} parameters with heads")
-        print(
-            f"{len(dataset):,} images of {cfg.train.dataset_path}; {steps} steps on {world} x {device}, {t.dtype}"
-        )
+        print(f"{len(dataset):,} images of {cfg.train.dataset_path}")
+        print(f"{steps} steps on {world} x {device} in {str(t.dtype)[6:]}", flush=True)
 
     # ---- the loop: a straight line
     watch, began, signalled, out_of_time = Watch(run, cfg, t, steps), time.monotonic(), False, False

@@ -1,4 +1,4 @@
-"""The embedded data's ceiling: the laptop network trained *with* labels, on the same crops of the same images.
+"""The ceiling of the embedded data: the laptop network trained *with* labels, on the same crops.
 
     python results/ceiling.py [steps]     # one accuracy; for the other baselines: python scenes.py --audit
 

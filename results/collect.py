@@ -2,7 +2,8 @@
 
     python results/collect.py results/laptop.json runs/laptop runs/laptop-2 runs/laptop-3
 
-Writes every run's result.json with its seed, command, hardware and versions; prints mean, min and max of each number.
+Writes every run's result.json with its seed, command, hardware and versions; prints mean, min and max of each
+number.
 """
 
 import json

@@ -122,7 +122,7 @@ def test_foreground_miou_knows_good_from_useless():
 def test_pca_colours_are_stable_and_in_range():
     patches = torch.randn(4, 16, 12)
     colors = pca_colors(patches)
-    assert colors.shape == (4, 16, 3) and 0 <= colors.min() and colors.max() <= 1
+    assert colors.shape == (4, 16, 3) and colors.min() >= 0 and colors.max() <= 1
     torch.testing.assert_close(pca_colors(patches @ torch.eye(12)), colors)
 
 

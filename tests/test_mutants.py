@@ -1,4 +1,7 @@
-"""Tests of the tests: the classic mistakes of DINOv2 reimplementations, planted in a copy of the source, must be caught."""
+"""Tests of the tests: the classic mistakes of DINOv2 reimplementations must be caught.
+
+Each is planted in a copy of the source.
+"""
 
 import os
 import shutil
@@ -20,7 +23,8 @@ MUTANTS = {  # name: (file, what it says, what the mistake says, tests that must
     "centre updated before use": ("losses.py", "        self.count += len(logits)\n",
                                   "        self.count += len(logits)\n        self.update()\n", LOSSES),
     "unmasked student CLS": ("train.py", "    cls, patches = t.student.heads(",
-                             "    tokens = t.student.backbone.forward_crops(crops)\n    cls, patches = t.student.heads(", STEP),
+                             "    tokens = t.student.backbone.forward_crops(crops)\n"
+                             "    cls, patches = t.student.heads(", STEP),
     "KoLeo mean instead of sum": ("train.py", "koleo = sum(", "koleo = 0.5 * sum(", STEP),
 }  # fmt: skip
 

@@ -12,8 +12,8 @@ from model import DINOv2
 from optim import clip_gradients, make_optimizer, multipliers, schedule, set_rates, update_teacher
 
 GOLDEN = Path(__file__).parent / "golden"
-LONG = ["teacher.momentum_teacher=0.994", "optim.epochs=500", "optim.weight_decay_end=0.2", "optim.base_lr=2e-4",
-        "optim.warmup_epochs=80"]  # fmt: skip
+LONG = ["teacher.momentum_teacher=0.994", "optim.epochs=500", "optim.weight_decay_end=0.2",
+        "optim.base_lr=2e-4", "optim.warmup_epochs=80"]  # fmt: skip
 RECIPES = {"vitl16_short": [], "vitl14": [*LONG, "train.batch_size_per_gpu=32"],
            "vitg14": [*LONG, "train.batch_size_per_gpu=12"]}  # fmt: skip
 

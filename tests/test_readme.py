@@ -1,4 +1,4 @@
-"""The README is true: its commands parse, its files and settings exist, its line counts and results are those of today."""
+"""The README is true: its commands parse, its files and settings exist, its counts and results hold."""
 
 import json
 import re
@@ -55,9 +55,13 @@ def test_files_and_links_exist():
 
 def test_line_counts():
     counted = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
-    assert {name for name, _ in counted} == {p.name for p in ROOT.glob("*.py")}, "every top-level file has its row"
+    assert {name for name, _ in counted} == {p.name for p in ROOT.glob("*.py")}, (
+        "every top-level file has its row"
+    )
     for name, lines in counted:
-        assert len((ROOT / name).read_text().splitlines()) == int(lines), f"{name} has other than {lines} lines"
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), (
+            f"{name} has other than {lines} lines"
+        )
 
 
 def test_reading_closure():
@@ -69,13 +73,17 @@ def test_reading_closure():
 
 
 def test_every_logged_scalar_is_in_the_glossary(tmp_path):
-    glossary = set(re.findall(r"`(\w+)`", README.split("## What the logged numbers mean")[1].split("\n## ")[0]))
-    train.main(["--model", "debug", "--output-dir", str(tmp_path / "run"), "optim.epochs=0.5", "optim.warmup_epochs=0.25",
-                "optim.freeze_last_layer_epochs=0", "evaluation.eval_period_iterations=1",
+    glossary = set(
+        re.findall(r"`(\w+)`", README.split("## What the logged numbers mean")[1].split("\n## ")[0])
+    )
+    train.main(["--model", "debug", "--output-dir", str(tmp_path / "run"), "optim.epochs=0.5",
+                "optim.warmup_epochs=0.25", "optim.freeze_last_layer_epochs=0",
+                "evaluation.eval_period_iterations=1",
                 "evaluation.test_path=scenes:50:seed=2", "ibot.separate_head=true"])  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = {k for row in rows for k in row}
-    rates = {"lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp"}  # the schedules, named as in the config
+    # the schedules, named as in the config
+    rates = {"lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp"}
     assert logged - rates - {"step"} <= glossary
 
 
@@ -88,7 +96,7 @@ def test_settings_named_in_the_text_exist():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)
 def test_results_are_quoted_as_measured(file):
-    """A table row that names a results file holds its numbers: `| ... | mean (min-max) | ... | results/x.json |`."""
+    """A row that names a results file holds its numbers: `| ... | mean (min-max) | results/x.json |`."""
     summary = json.loads(file.read_text()).get("summary", {})
     rows = [line for line in LOG.splitlines() if f"`results/{file.name}`" in line and line.startswith("|")]
     assert rows, f"LOG.md has no row for {file.name}"

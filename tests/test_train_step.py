@@ -1,4 +1,4 @@
-"""One complete training step through train.train_step against the authors' (tests/golden), and what a step must not do."""
+"""One whole step through train.train_step against the authors' (tests/golden); what a step must not do."""
 
 from pathlib import Path
 
@@ -34,9 +34,9 @@ def golden_step(name, monkeypatch, tmp_path):
     assert set(student) == set(t.student.state_dict())
     t.student.load_state_dict(student, strict=True)
     t.teacher.load_state_dict({k: v + delta[k] if k in delta else v for k, v in student.items()}, strict=True)
-    batch = dict(globals=torch.from_numpy(f["collated_global_crops"]), locals=torch.from_numpy(f["collated_local_crops"]),
-                 masks=torch.from_numpy(f["collated_masks"]), mask_indices=torch.from_numpy(f["mask_indices_list"]),
-                 mask_weights=torch.from_numpy(f["masks_weight"]))  # fmt: skip
+    names = dict(globals="collated_global_crops", locals="collated_local_crops", masks="collated_masks",
+                 mask_indices="mask_indices_list", mask_weights="masks_weight")  # fmt: skip
+    batch = {ours: torch.from_numpy(f[theirs]) for ours, theirs in names.items()}
     return t, batch, cfg, f
 
 
@@ -74,8 +74,9 @@ def random_batch(cfg, B=8, seed=0):
     masks = torch.zeros(2 * B, N, dtype=torch.bool)
     masks[::2, : N // 4] = True
     weights = torch.full((int(masks.sum()),), 1 / (N // 4))
-    return dict(globals=torch.randn(2 * B, 3, S, S, generator=g), locals=torch.randn(L * B, 3, s, s, generator=g),
-                masks=masks, mask_indices=masks.flatten().nonzero().flatten(), mask_weights=weights)  # fmt: skip
+    return dict(globals=torch.randn(2 * B, 3, S, S, generator=g),
+                locals=torch.randn(L * B, 3, s, s, generator=g), masks=masks,
+                mask_indices=masks.flatten().nonzero().flatten(), mask_weights=weights)  # fmt: skip
 
 
 def take_steps(cfg, n=1, batch=None):
@@ -88,9 +89,12 @@ def take_steps(cfg, n=1, batch=None):
     return t, metrics
 
 
-@pytest.mark.parametrize("overrides", [[], ["ibot.separate_head=true"], ["train.centering=centering"],
-                                       ["crops.local_crops_number=0"], ["student.drop_path_rate=0.4"],
-                                       ["student.num_register_tokens=0"], ["student.ffn_layer=swiglu"]])  # fmt: skip
+VARIANTS = [[], ["ibot.separate_head=true"], ["train.centering=centering"], ["crops.local_crops_number=0"],
+            ["student.drop_path_rate=0.4"], ["student.num_register_tokens=0"],
+            ["student.ffn_layer=swiglu"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", VARIANTS)
 def test_logged_terms_sum_to_the_loss_and_everything_learns(overrides):
     cfg = laptop(*overrides)
     batch = random_batch(cfg)
@@ -160,7 +164,8 @@ def test_half_precision_keeps_losses_in_fp32(dtype):
 
 def test_dinov1_needs_no_masks():
     cfg = laptop("ibot.mask_sample_probability=0", "dino.koleo_loss_weight=0", "student.layerscale=0",
-                 "student.num_register_tokens=0", "dino.freeze_weight_g=true", "train.centering=centering")  # fmt: skip
+                 "student.num_register_tokens=0", "dino.freeze_weight_g=true",
+                 "train.centering=centering")  # fmt: skip
     batch = dict(
         random_batch(cfg),
         masks=None,
