@@ -113,6 +113,7 @@ class Config:
         train_path: str = ""  # ours: labelled images that are looked up; empty = no k-NN
         test_path: str = ""  # ours: labelled images that are classified
         knn_k: Count = 20  # ours
+        online_limit: Whole = 0  # ours: images of each set that are used on the way; 0 = all of them
         batch_size: Count = 256  # ours
         image_size: Whole = 0  # ours: pixels; 0 = global_crops_size
         resize_size: Whole = 0  # ours: shorter side before the central crop; 0 = image_size

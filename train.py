@@ -310,25 +310,28 @@ class Judge:
     """k-NN of the teacher, on the way and at the end with baselines; silent without labelled images."""
 
     def __init__(self, cfg, t):
-        self.cfg, e = cfg, cfg.evaluation
-        self.sets = eval_sets(cfg) if e.train_path and e.test_path and dist.rank() == 0 else None
+        self.cfg, self.sets, self.online, e = cfg, None, None, cfg.evaluation
+        if e.train_path and e.test_path and dist.rank() == 0:
+            self.sets = self.online = eval_sets(cfg)
+            if e.online_limit:
+                self.online = eval_sets(cfg, limit=e.online_limit)
         torch.manual_seed(cfg.train.seed)
         device = next(t.teacher.parameters()).device
         self.random = VisionTransformer(**t.teacher.backbone.arch, init_std=cfg.student.init_std).to(device)
 
-    def knn(self, backbone):
+    def knn(self, backbone, sets):
         """-> top-1 accuracy, or None on the ranks (and in the runs) that do not evaluate."""
-        if self.sets is None:
+        if sets is None:
             return None
         e = self.cfg.evaluation
-        return max(knn_backbone(backbone, *self.sets, ks=(e.knn_k,), batch_size=e.batch_size).values())
+        return max(knn_backbone(backbone, *sets, ks=(e.knn_k,), batch_size=e.batch_size).values())
 
     def final(self, t, run):
         """The numbers of result.json, and pca.png."""
         if self.sets is None:
             return {}
         (bank, queries), teacher = self.sets, t.teacher.backbone
-        result = dict(knn_top1=self.knn(teacher), knn_random_init=self.knn(self.random),
+        result = dict(knn_top1=self.knn(teacher, self.sets), knn_random_init=self.knn(self.random, self.sets),
                       knn_pixels=max(knn_pixels(bank, queries, ks=(self.cfg.evaluation.knn_k,)).values()),
                       chance=chance(torch.cat([y for _, y in batches(queries)])))  # fmt: skip
         if hasattr(queries.dataset, "scene"):  # the embedded data knows what is object and what is background
@@ -397,7 +400,7 @@ def main(argv=None):
             watch.step_done(metrics, now, t)
         every = cfg.evaluation.eval_period_iterations
         if every and t.step % every == 0 and t.step < steps:
-            watch.knn = judge.knn(t.teacher.backbone)
+            watch.knn = judge.knn(t.teacher.backbone, judge.online)
             if watch.knn is not None:
                 run.log(dict(step=t.step, knn_top1=watch.knn))
         if cfg.train.checkpoint_every and t.step % cfg.train.checkpoint_every == 0 and t.step < steps:

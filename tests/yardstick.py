@@ -96,3 +96,7 @@ def bench(rounds=30):
         ", ".join(f"{k} {v:.0f}" for k, v in speed.items()), "images/s/core (worker: decode and crops alone)"
     )
     print(f"ours / pillow {speed['ours'] / speed['pillow']:.2f}")
+
+
+if __name__ == "__main__":
+    bench()
