@@ -224,6 +224,11 @@ def check(cfg):
     bad += [f"{n} {list(v[n])} must name the smaller number first" for n in pairs if v[n][0] > v[n][1]]
     run, spans = cfg.optim.epochs, ["optim.warmup_epochs", "optim.freeze_last_layer_epochs"]
     bad += [f"{n} {v[n]:g} is longer than the run, optim.epochs {run:g}" for n in spans if v[n] > run]
+    if cfg.crops.local_crops_number and cfg.crops.local_crops_size < 5:
+        bad += ["crops.local_crops_size must be 5 or more: blur reaches 4 pixels beyond the edge"]
+    size = cfg.evaluation.image_size or cfg.crops.global_crops_size
+    if 0 < cfg.evaluation.resize_size < size:
+        bad += [f"evaluation.resize_size {cfg.evaluation.resize_size} is smaller than the image, {size}"]
     if group and batch % group:
         bad += [f"dino.koleo_group {group} must divide train.batch_size_per_gpu {batch}"]
     if bad:
@@ -239,6 +244,9 @@ def run(main):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads abort some normal exits
         sys.stdout.flush()
         os._exit(code or 0)

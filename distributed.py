@@ -7,6 +7,7 @@ travel between GPUs (NCCL), so a stop signal or a decision of rank 0 costs no GP
 """
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,8 @@ def init(wish="auto"):
             raise UserError(f"process {local} has no GPU, there are {gpus}: take --nproc_per_node {gpus}")
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while rank 0 evaluates
     return device
 
 
@@ -57,11 +59,6 @@ def average_gradients(module):
 def agree(flag):
     """True on every rank if `flag` is truthy on any, so that all of them stop at the same step."""
     return bool(all_reduce(torch.tensor(float(bool(flag))), "max"))
-
-
-def barrier():
-    """Wait for everyone. (dist.barrier would wake the GPU: a sum of nothing on the CPU does as well.)"""
-    all_reduce(torch.zeros(()))
 
 
 def from_first(value):

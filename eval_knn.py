@@ -36,11 +36,10 @@ def knn_scores(bank, bank_labels, queries, classes, ks=KS, temperature=TEMPERATU
     for q in queries.split(chunk):
         similarity, neighbours = (q @ bank.T).topk(ks[-1])  # (chunk, largest k), nearest first
         weights = F.softmax(similarity / temperature, dim=-1)
-        votes = F.one_hot(bank_labels[neighbours], classes) * weights.unsqueeze(
-            -1
-        )  # (chunk, largest k, classes)
+        classes_of = bank_labels[neighbours]  # (chunk, largest k)
         for k in ks:
-            scores[k].append(votes[:, :k].sum(dim=1))
+            votes = torch.zeros(len(q), classes).scatter_add_(1, classes_of[:, :k], weights[:, :k])
+            scores[k].append(votes)
     return {k: torch.cat(v) for k, v in scores.items()}
 
 
@@ -51,15 +50,26 @@ def knn_accuracy(bank, bank_labels, queries, labels, ks=KS):
     return {k: (s.argmax(-1) == labels).float().mean().item() for k, s in scores.items()}
 
 
+def labelled(features, labels):
+    """Those rows whose label is known (0 or more); k-NN has no use for the others."""
+    known = labels >= 0
+    if not known.any():
+        raise UserError(
+            "none of the evaluation images can be read and has a label: k-NN needs labelled images"
+        )
+    return features[known], labels[known]
+
+
 def pixels(images, side=32):
-    """Raw pixels as features (n, 3 side side), the mean image taken off: what no network at all can see."""
-    x, y = (torch.cat(parts) for parts in zip(*batches(images), strict=True))
-    small = [F.interpolate(part.float(), size=(side, side), mode="area") for part in x.split(1024)]
-    return torch.cat(small).flatten(1), y
+    """Raw pixels as features (n, 3 side side) and labels (n,): what no network at all can see."""
+    small = [
+        (F.interpolate(x.float(), size=(side, side), mode="area").flatten(1), y) for x, y in batches(images)
+    ]
+    return labelled(*(torch.cat(parts) for parts in zip(*small, strict=True)))
 
 
 def knn_pixels(bank, queries, ks=KS):
-    """k-NN on raw pixels of two EvalImages -> {k: accuracy}."""
+    """k-NN on raw pixels of two EvalImages, the bank's mean image taken off -> {k: accuracy}."""
     (x, y), (q, labels) = pixels(bank), pixels(queries)
     mean = x.mean(0)
     return knn_accuracy(x - mean, y, q - mean, labels, ks)
@@ -67,9 +77,8 @@ def knn_pixels(bank, queries, ks=KS):
 
 def knn_backbone(backbone, bank, queries, ks=KS, batch_size=256, num_workers=0):
     """k-NN on a backbone's [CLS] over two EvalImages -> {k: accuracy}."""
-    x, y, _ = extract(backbone, bank, batch_size, num_workers)
-    q, labels, _ = extract(backbone, queries, batch_size, num_workers)
-    return knn_accuracy(x, y, q, labels, ks)
+    x, y = labelled(*extract(backbone, bank, batch_size, num_workers)[:2])
+    return knn_accuracy(x, y, *labelled(*extract(backbone, queries, batch_size, num_workers)[:2]), ks)
 
 
 def chance(labels):
@@ -116,7 +125,7 @@ def main():
     )
     args = parser.parse_args()
     backbone = load_backbone(args.weights)
-    own = Path(args.weights) / "config.yaml"
+    own = (Path(args.weights) if Path(args.weights).is_dir() else Path(args.weights).parent) / "config.yaml"
     if own.is_file():
         cfg = config.load(file=own)
     else:  # a file without a run around it: the published protocol, 224 out of 256
@@ -136,9 +145,8 @@ def main():
     print(f"{'top-1 accuracy':22s}" + "".join(f"  k={k:<5d}" for k in rows["raw pixels"]))
     for name, row in rows.items():
         print(f"{name:22s}" + "".join(f"  {a:<7.3f}" for a in row.values()))
-    labels = torch.cat([y for _, y in batches(queries)])
-    print(f"{'chance':22s}  {chance(labels):.3f}")
-    for image in bank.bad + queries.bad:
+    print(f"{'chance':22s}  {chance(pixels(queries, 1)[1]):.3f}")
+    for image in [*bank.bad.values(), *queries.bad.values()]:
         print("skipped", image)
 
 

@@ -37,7 +37,7 @@ class EvalImages(Dataset):
         # one class.
         self.indices = list(range(n)) if not limit or limit >= n else [i * n // limit for i in range(limit)]
         self.keep = len(self.indices) * 3 * size * size <= CACHE_BYTES
-        self.cache, self.bad = {}, []
+        self.cache, self.bad = {}, {}  # bad: {number: path and reason}
 
     def __len__(self):
         return len(self.indices)
@@ -47,7 +47,7 @@ class EvalImages(Dataset):
             try:
                 image, label = self.dataset[self.indices[i]]
             except BadImage as e:
-                self.bad.append(str(e))
+                self.bad[i] = str(e)
                 return None
             item = preprocess(image, self.size, self.resize), label
             if not self.keep:

@@ -358,7 +358,7 @@ class DINOv2(nn.Module):
             drop_path_rate=drop_path_rate, drop_path_uniform=s.drop_path_uniform,
             init_std=s.init_std)  # fmt: skip
         for name, c in (("dino_head", cfg.dino), ("ibot_head", cfg.ibot)):
-            if name == "dino_head" or cfg.ibot.separate_head:
+            if name == "dino_head" or (cfg.ibot.separate_head and cfg.ibot.mask_sample_probability):
                 sizes = c.head_n_prototypes, c.head_nlayers, c.head_hidden_dim, c.head_bottleneck_dim
                 head = DINOHead(self.backbone.embed_dim, *sizes, cfg.dino.freeze_weight_g, s.init_std)
                 setattr(self, name, head)
@@ -387,8 +387,9 @@ def read_weights(path):
         raise UserError(f"{path} {kind} ({type(e).__name__}): download or export it again") from e
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not named tensors: it is no weights file")
-    tensors = content.get("teacher", content)
-    arch = content.get("arch") or {}
+    tensors, arch = content.get("teacher", content), content.get("arch") or {}
+    if not isinstance(tensors, dict) or not all(torch.is_tensor(x) for x in tensors.values()):
+        raise UserError(f"{path} holds other things than named tensors: it is no weights file")
     backbone = {k.removeprefix("backbone."): v for k, v in tensors.items() if "head." not in k}
     return backbone, arch
 
@@ -406,7 +407,7 @@ def architecture(tensors, arch, path):
             ffn_layer="swiglu" if "blocks.0.mlp.w12.weight" in tensors else "mlp",
             layerscale=1.0 if "blocks.0.ls1.gamma" in tensors else 0,
             interpolate_antialias=R > 0, interpolate_offset=0.0 if R else 0.1)  # fmt: skip
-    except (KeyError, ValueError) as e:
+    except (KeyError, ValueError, AttributeError) as e:
         names = ", ".join(list(tensors)[:3])
         raise UserError(f"{path} holds no DINOv2 backbone: it lacks {e}; its first names are {names}") from e
     return {**inferred, **arch}

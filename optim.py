@@ -62,7 +62,7 @@ def schedule(cfg, step, world_size=1):
     o, t, epoch = cfg.optim, cfg.teacher, cfg.train.OFFICIAL_EPOCH_LENGTH
     total = round(o.epochs * epoch)
     batch = cfg.train.batch_size_per_gpu * cfg.train.accumulate * world_size  # images of one step, not crops
-    peak = o.base_lr * math.sqrt(batch / 1024) if o.scaling_rule == "sqrt_wrt_1024" else o.base_lr
+    peak = o.base_lr * math.sqrt(batch / 1024)  # the one published scaling_rule
     lr = cosine(step, peak, o.min_lr, total, round(o.warmup_epochs * epoch))
     warm = round(t.warmup_teacher_temp_epochs * epoch)
     progress = min(step / max(warm - 1, 1), 1.0) if step < warm else 1.0
@@ -84,7 +84,7 @@ def set_rates(optimizer, now):
 
 def clip_gradients(student, max_norm):
     """Clip the norm of backbone and heads separately (not jointly) -> {module: norm before clipping}."""
-    return {f"grad_{name}": torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+    return {f"grad_{name}": torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm or math.inf)
             for name, module in student.named_children()}  # fmt: skip
 
 

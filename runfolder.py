@@ -7,8 +7,8 @@
                 lock              who is writing here now
                 checkpoints/, teacher.pth (checkpoint.py), pictures
 
-Files are replaced in one act; a line that a crash tore is mended. Exit codes of train.py: 0 done; 1 a mistake
-its user can mend; 70 internal error, or no finite loss; 75 saved and stopped by a signal, run me again.
+Files are replaced in one act; a line that a crash tore is mended. Exit codes of train.py: 0 done; 1 an error;
+70 no finite loss; 75 saved and stopped by a signal, run me again; 130 Ctrl-C.
 """
 
 import json
@@ -63,9 +63,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.take_lock()
         changed = "; ".join(differences(config, config_text)) if config.exists() else ""
-        if changed and not resume:
-            raise UserError(f"{self.path} holds a run with other settings ({changed}): "
-                            f"add --resume to go on with yours, or choose another folder")  # fmt: skip
+        if config.exists() and not resume:
+            other = f" with other settings ({changed})" if changed else ""
+            raise UserError(
+                f"{self.path} holds a run{other}: add --resume to go on, or choose another folder"
+            )
         if changed:
             print(f"note: the run goes on with other settings: {changed}", file=sys.stderr)
         replace(config, config_text)

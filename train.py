@@ -32,8 +32,8 @@ import config
 import distributed as dist
 from config import UserError
 from data import make_loader, open_source
-from eval_knn import chance, eval_sets, knn_backbone, knn_pixels
-from features import batches, foreground_miou
+from eval_knn import chance, eval_sets, knn_backbone, knn_pixels, pixels
+from features import foreground_miou
 from losses import Centering, collapse, diagnose, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 from model import DINOv2, VisionTransformer, describe
 from optim import clip_gradients, make_optimizer, schedule, set_rates, update_teacher
@@ -50,6 +50,8 @@ class Trainee:
 
     def __init__(self, cfg, device="cpu"):
         self.student = DINOv2(cfg, cfg.student.drop_path_rate).to(device).train()
+        if not cfg.ibot.mask_sample_probability:  # nothing is masked: this token would never see a gradient
+            self.student.backbone.mask_token.requires_grad_(False)
         self.teacher = DINOv2(cfg).to(device).eval().requires_grad_(False)
         self.teacher.load_state_dict(
             self.student.state_dict()
@@ -93,7 +95,7 @@ def train_step(t, batch, now, cfg, look=False):
     t.scaler.unscale_(t.optimizer)
     metrics = {k: torch.stack([s[k] for s in seen]).mean() for k in seen[0]}
     metrics["loss"] = sum(metrics.values())
-    norms = clip_gradients(t.student, cfg.optim.clip_grad)
+    norms = {k: v.to(metrics["loss"]) for k, v in clip_gradients(t.student, cfg.optim.clip_grad).items()}
     finite = torch.isfinite(torch.stack([metrics["loss"], *norms.values()])).all()
     lost = dist.agree(not finite)  # the one place where the host waits for the device
     if lost:
@@ -101,7 +103,8 @@ def train_step(t, batch, now, cfg, look=False):
     else:
         t.scaler.step(t.optimizer)
         update_teacher(t.teacher, t.student, now["momentum"])
-        t.dino_center.update(), t.ibot_center.update()  # used from the next step on
+        if cfg.train.centering == "centering":
+            t.dino_center.update(), t.ibot_center.update()  # used from the next step on
     t.scaler.update()
     metrics.update(norms, skipped=torch.tensor(float(lost)))
     if look:  # targets of one view (2B, K) beside the student's answers to the other
@@ -185,21 +188,28 @@ def checkpoint_state(t):
 
 
 def resume(t, folder):
-    """Continue from the newest intact checkpoint of a run folder, if there is one -> the step it holds."""
+    """Continue from the newest intact checkpoint, if there is one -> its meta.json, or {}."""
     path = checkpoint.newest(folder)
-    if path is not None:
-        state = checkpoint_state(t)
-        checkpoint.restore(path, state)
-        set_optimizer_state_dict(t.student, t.optimizer, state["optimizer"])
-        t.scaler.load_state_dict(state["scaler"])
-        t.step = state["step"]
-    return t.step
+    if path is None:
+        return {}
+    state = checkpoint_state(t)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in t.optimizer.param_groups]
+    meta = checkpoint.restore(path, state)
+    set_optimizer_state_dict(t.student, t.optimizer, state["optimizer"])
+    for group, own in zip(
+        t.optimizer.param_groups, settings
+    ):  # moments from the file, settings from the config
+        group.update(own)
+    t.scaler.load_state_dict(state["scaler"])
+    t.step = state["step"]
+    return meta
 
 
-def save(t, run, cfg):
+def save(t, run, cfg, watch):
     """A checkpoint to resume from, and the teacher as a plain file to use."""
+    meta = dict(seconds=watch.seconds, images=watch.images, bad=watch.bad)
     keep = cfg.train.keep_last, cfg.train.keep_every
-    checkpoint.save(run.path / "checkpoints", t.step, checkpoint_state(t), {"step": t.step}, *keep)
+    checkpoint.save(run.path / "checkpoints", t.step, checkpoint_state(t), meta, *keep)
     if dist.rank() == 0:
         checkpoint.save_teacher(run.path / "teacher.pth", t.teacher.state_dict(), t.teacher.backbone.arch)
 
@@ -245,10 +255,11 @@ def free_folder(path, resume):
 class Watch:
     """What the loop tells a person: a bar or lines; bad images, lost steps, collapse."""
 
-    def __init__(self, run, cfg, t, steps):
-        self.run, self.cfg, self.first, self.steps = run, cfg, t.step, steps
-        self.bad, self.lost, self.suspicion, self.warned = 0, 0, 0, False
-        self.seconds, self.images, self.knn = 0.0, 0, None  # seconds and images of training alone
+    def __init__(self, run, cfg, t, steps, before):
+        self.run, self.cfg, self.steps = run, cfg, steps
+        self.lost, self.suspicion, self.warned, self.knn = 0, 0, False, None
+        # Seconds and images of training alone, bad images of all ranks: they go on where the run was left.
+        self.seconds, self.images, self.bad = (before.get(k, 0) for k in ("seconds", "images", "bad"))
         first, tty = dist.rank() == 0, sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=t.step, disable=not (first and tty), dynamic_ncols=True)
         self.lines = first and not tty
@@ -256,14 +267,14 @@ class Watch:
     def images_seen(self, batch, step):
         """Count the images that did not decode, write them down, and stop when they are too many."""
         bad = [b for micro in batch for b in micro["bad"]]
-        self.bad += len(bad)
         if bad:
             with open(self.run.path / f"bad_images_rank{dist.rank()}.jsonl", "a") as f:
                 f.writelines(json.dumps(dict(step=step, path=str(p), reason=r)) + "\n" for p, r in bad)
-        seen = (step + 1 - self.first) * sum(len(micro["samples"]) for micro in batch)
-        if dist.agree(self.bad > self.cfg.train.max_bad_images * max(seen, 1000)):
-            limit, file = self.cfg.train.max_bad_images, self.run.path / "bad_images_rank*.jsonl"
-            raise UserError(f"{self.bad} of {seen} images could not be read, more than train.max_bad_images "
+        self.bad += int(dist.all_reduce(torch.tensor(len(bad))))
+        self.images += dist.world_size() * sum(len(micro["samples"]) for micro in batch)
+        limit, file = self.cfg.train.max_bad_images, self.run.path / "bad_images_rank*.jsonl"
+        if self.bad > limit * max(self.images, 1000):
+            raise UserError(f"{self.bad} of {self.images} images are unreadable, over train.max_bad_images "
                             f"({limit:.2%}): mend or remove those in {file}, or raise the limit")  # fmt: skip
 
     def step_done(self, metrics, now, t):
@@ -298,8 +309,8 @@ class Watch:
         """Name the images of a step that was not taken. In fp16 a few are the loss scale finding its size."""
         self.lost = self.lost + 1 if metrics["skipped"] else 0
         if self.lost:
-            samples = [int(i) for micro in batch for i in micro["samples"]]
-            self.run.log(dict(step=t.step, skipped_samples=samples))
+            n = len(batch) * len(batch[0]["samples"]) * dist.world_size()  # the global batch, in one piece
+            self.run.log(dict(step=t.step, skipped_samples=[n * (t.step - 1), n * t.step - 1]))
         if self.lost > self.cfg.train.max_nan + 20 * t.scaler.is_enabled():
             print(f"error: no finite loss and gradient in {self.lost} steps in a row (see metrics.jsonl): "
                   "try a lower optim.base_lr or compute_precision.dtype=fp32", file=sys.stderr)  # fmt: skip
@@ -324,22 +335,30 @@ class Judge:
         if sets is None:
             return None
         e = self.cfg.evaluation
-        return max(knn_backbone(backbone, *sets, ks=(e.knn_k,), batch_size=e.batch_size).values())
+        how = dict(ks=(e.knn_k,), batch_size=e.batch_size, num_workers=self.cfg.train.num_workers)
+        return max(knn_backbone(backbone, *sets, **how).values())
 
-    def final(self, t, run):
-        """The numbers of result.json, and pca.png."""
+    def final(self, t):
+        """The numbers of result.json."""
         if self.sets is None:
             return {}
         (bank, queries), teacher = self.sets, t.teacher.backbone
         result = dict(knn_top1=self.knn(teacher, self.sets), knn_random_init=self.knn(self.random, self.sets),
                       knn_pixels=max(knn_pixels(bank, queries, ks=(self.cfg.evaluation.knn_k,)).values()),
-                      chance=chance(torch.cat([y for _, y in batches(queries)])))  # fmt: skip
+                      chance=chance(pixels(queries, side=1)[1]))  # fmt: skip
         if hasattr(queries.dataset, "scene"):  # the embedded data knows what is object and what is background
             result["fg_miou"] = foreground_miou(teacher, queries.dataset, queries.size)
             result["fg_miou_random_init"] = foreground_miou(self.random, queries.dataset, queries.size)
-        sample = torch.stack([x for x, _ in (queries[i] for i in range(len(queries)))][:8])
-        pca_sheet([teacher, self.random], sample).save(run.path / "pca.png")
         return result
+
+    def picture(self, t, path):
+        """pca.png: the first readable of the query images, as the teacher and a random network see them."""
+        if self.sets is not None:
+            places = range(
+                0, len(self.sets[1]), max(1, len(self.sets[1]) // 8)
+            )  # folders are sorted by class
+            sample = [item[0] for item in map(self.sets[1].__getitem__, places) if item is not None][:8]
+            pca_sheet([t.teacher.backbone, self.random], torch.stack(sample)).save(path)
 
 
 def table(result):
@@ -369,7 +388,8 @@ def main(argv=None):
     judge = Judge(cfg, t)
     run = RunFolder(args.output_dir, cfg.to_yaml(), args.resume)
     run.watch_signals()
-    run.rewind(resume(t, run.path / "checkpoints") if args.resume else 0)
+    before = resume(t, run.path / "checkpoints") if args.resume else {}
+    run.rewind(t.step)
     rank, world = dist.rank(), dist.world_size()
     micro_batches = make_loader(cfg, dataset, device, t.step, rank, world)
     steps = round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
@@ -380,7 +400,8 @@ def main(argv=None):
         print(f"{steps} steps on {world} x {device} in {str(t.dtype)[6:]}", flush=True)
 
     # ---- the loop: a straight line
-    watch, began, signalled, out_of_time = Watch(run, cfg, t, steps), time.monotonic(), False, False
+    watch, first = Watch(run, cfg, t, steps, before), t.step
+    began, signalled, out_of_time = time.monotonic(), False, False
     while t.step < steps and not signalled and not out_of_time:
         clock = time.monotonic()
         batch = [next(micro_batches) for _ in range(cfg.train.accumulate)]
@@ -392,7 +413,6 @@ def main(argv=None):
         metrics = train_step(t, batch, now, cfg, look)
         t.step += 1
         watch.seconds += time.monotonic() - clock
-        watch.images += world * sum(len(micro["samples"]) for micro in batch)
         watch.step_lost(metrics, batch, t)
         watch.bar.update()
         # once in a while: log, look at the features, save, stop
@@ -404,18 +424,20 @@ def main(argv=None):
             if watch.knn is not None:
                 run.log(dict(step=t.step, knn_top1=watch.knn))
         if cfg.train.checkpoint_every and t.step % cfg.train.checkpoint_every == 0 and t.step < steps:
-            save(t, run, cfg)
+            save(t, run, cfg, watch)
         late = bool(args.max_minutes) and time.monotonic() - began > 60 * args.max_minutes
         signalled, out_of_time = dist.agree(run.stop_requested), dist.agree(late)  # all ranks stop together
     watch.bar.close()
 
     # ---- the end
-    save(t, run, cfg)
+    if t.step > first:
+        save(t, run, cfg, watch)
     if rank == 0 and not signalled:
         rate = round(watch.images / max(watch.seconds, 1e-9), 1)
-        result = dict(judge.final(t, run), steps=t.step, train_seconds=round(watch.seconds, 1),
+        result = dict(judge.final(t), steps=t.step, train_seconds=round(watch.seconds, 1),
                       images_per_second=rate, bad_images=watch.bad)  # fmt: skip
         run.result(result)
+        judge.picture(t, run.path / "pca.png")
         print(table(result))
     elif rank == 0:
         print(f"stopped at step {t.step} of {steps}; continue with --resume --output-dir {run.path}")

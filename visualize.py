@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import config
+from config import UserError
 from data import normalize, open_source
 from features import EvalImages
 from model import VisionTransformer, load_backbone
@@ -42,9 +43,10 @@ def pca_sheet(backbones, images, side=96):
     rows = [images]
     n, _, S, _ = images.shape
     for backbone in backbones:
-        tokens = backbone.eval()(normalize(images))
+        device = next(backbone.parameters()).device
+        tokens = backbone.eval()(normalize(images.to(device)))
         g = S // backbone.patch_size
-        colors = pca_colors(tokens.patches).view(n, g, g, 3).permute(0, 3, 1, 2)
+        colors = pca_colors(tokens.patches.cpu()).view(n, g, g, 3).permute(0, 3, 1, 2)
         rows.append((colors * 255).to(torch.uint8))
     rows = [F.interpolate(row.float(), size=(side, side), mode="nearest").to(torch.uint8) for row in rows]
     gap = 4
@@ -66,17 +68,23 @@ def main():
         "--data", default="", help="images, e.g. folder:/photos (default: the run's evaluation images)"
     )
     parser.add_argument("--out", default="pca.png")
-    parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--count", type=int, default=8, help="how many images, evenly spread")
     args = parser.parse_args()
     cfg = config.load(file=Path(args.run) / "config.yaml")
     size = cfg.evaluation.image_size or cfg.crops.global_crops_size
     resize = cfg.evaluation.resize_size or size
     images = EvalImages(open_source(args.data or cfg.evaluation.test_path), size, resize, limit=args.count)
+    sample = [x for x in images if x is not None]
+    if args.count < 1 or not sample:
+        raise UserError(f"there is nothing to draw: --count is {args.count}, readable images {len(sample)}")
     trained = load_backbone(args.run)
     torch.manual_seed(0)
-    sheet = pca_sheet([trained, VisionTransformer(**trained.arch)], torch.stack([x for x, _ in images]))
-    sheet.save(args.out)
-    print(f"wrote {args.out}: image, trained, random initialisation")
+    untrained = VisionTransformer(**trained.arch, init_std=cfg.student.init_std)
+    try:
+        pca_sheet([trained, untrained], torch.stack([x for x, _ in sample])).save(args.out)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{args.out} cannot be written ({e}): name a .png in an existing folder") from None
+    print(f"wrote {args.out}: images, trained, random initialisation")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_a_bad_image_is_left_out_and_named(tmp_path):
     pictures(tmp_path / "a", 3, bad=1)
     images = EvalImages(open_source(f"folder:{tmp_path}"), 32)
     cls, labels, _ = extract(tiny(), images)
-    assert len(cls) == len(labels) == 3 and "bad0.png" in images.bad[0]
+    assert len(cls) == len(labels) == 3 and "bad0.png" in list(images.bad.values())[0]
 
 
 def sets(train, test):

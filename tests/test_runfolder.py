@@ -40,14 +40,17 @@ def test_what_it_leaves_behind(tmp_path):
 
 def test_another_config_is_refused_and_the_difference_named(tmp_path, capsys):
     RunFolder(tmp_path, SETTINGS).close()
-    RunFolder(tmp_path, SETTINGS).close()  # the same settings: the run goes on
+    with pytest.raises(UserError, match="holds a run: add --resume"):
+        RunFolder(tmp_path, SETTINGS)  # a second run would write over the first
+    RunFolder(tmp_path, SETTINGS, resume=True).close()
     other = config.load(overrides=["optim.epochs=70", "speed.threads=3"]).to_yaml()
     with pytest.raises(UserError, match=r"optim.epochs: 100.0 there, 70.0 now\)"):
         RunFolder(tmp_path, other)
     assert (tmp_path / "config.yaml").read_text() == SETTINGS
     RunFolder(tmp_path, other, resume=True).close()
     assert "optim.epochs" in capsys.readouterr().err and (tmp_path / "config.yaml").read_text() == other
-    RunFolder(tmp_path, other.replace("threads: 3", "threads: 1")).close()  # only speed: fine
+    RunFolder(tmp_path, other.replace("threads: 3", "threads: 1"), resume=True).close()
+    assert not capsys.readouterr().err  # only speed differs: nothing to tell
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path):
@@ -94,9 +97,9 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
         child.send_signal(signal.SIGKILL)
         child.communicate()
     assert f"pid {child.pid}" in (tmp_path / "lock").read_text()  # stale: its owner could not tidy up
-    RunFolder(tmp_path, "a: {b: 1}").close()
+    RunFolder(tmp_path, "a: {b: 1}", resume=True).close()
     (tmp_path / "lock").write_text("pid 1 on elsewhere\n")  # a living pid, but not a holder
-    RunFolder(tmp_path, "a: {b: 1}").close()
+    RunFolder(tmp_path, "a: {b: 1}", resume=True).close()
 
 
 def test_a_torn_line_is_mended_and_later_rows_dropped(tmp_path, capsys):
@@ -106,7 +109,7 @@ def test_a_torn_line_is_mended_and_later_rows_dropped(tmp_path, capsys):
     run.close()
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 5, "lo')
-    run = RunFolder(tmp_path, SETTINGS)
+    run = RunFolder(tmp_path, SETTINGS, resume=True)
     run.rewind(2)
     for step in (3, 4):
         run.log({"step": step})

@@ -155,8 +155,8 @@ def test_accumulation_moves_teacher_and_centre_once():
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_keeps_losses_in_fp32(dtype):
-    t, m = take_steps(laptop(f"compute_precision.dtype={dtype}"), n=3)
-    _, full = take_steps(laptop("compute_precision.dtype=fp32"), n=3)
+    t, m = take_steps(laptop(f"compute_precision.dtype={dtype}"))
+    _, full = take_steps(laptop("compute_precision.dtype=fp32"))
     assert m["loss"].dtype == torch.float32 and m["loss"].item() == pytest.approx(
         full["loss"].item(), rel=0.02
     )
