@@ -422,7 +422,7 @@ def step_masks(cfg, step, places, crops):
 
 
 def make_loader(cfg, dataset, device, start_step=0, rank=0, world=1):
-    """Micro-batches without end from `start_step` on, each from one worker, augmented on `device`: dicts of
+    """Micro-batches without end from `start_step` on, each from one worker, augmented on `device`: dicts.
 
     globals (2B, 3, S, S), locals (L*B, 3, s, s) or None: float32, crop-major; masks (2B, N) bool or None;
     mask_indices (M,) into the flat 2B * N; mask_weights (M,) = 1 / masked patches of that crop; samples (B,)

@@ -1,11 +1,10 @@
-"""What DINOv2 asks of its student: the DINO, iBOT and KoLeo losses, and the two ways to make targets from a
-teacher.
+"""What DINOv2 asks of its student: the DINO, iBOT and KoLeo losses, and two ways to make their targets.
 
 What is unusual here:
 - everything is computed in fp32, whatever type the network runs in: a softmax over 131,072 prototypes needs
   it, and KoLeo in fp16 is infinite as soon as two images of a batch look alike;
 - Sinkhorn-Knopp is three lines per iteration: the normalisations by the number of samples and of prototypes
-  in the published code cancel exactly, and so do two of its five collectives;
+  in the published code cancel exactly, and their collectives with them;
 - the loss is linear in its targets, so the targets of both global crops are summed first and each local crop
   meets its targets once instead of twice.
 

@@ -38,7 +38,7 @@ from losses import Centering, collapse, diagnose, dino_loss, ibot_loss, koleo_lo
 from model import DINOv2, VisionTransformer, describe
 from optim import clip_gradients, make_optimizer, schedule, set_rates, update_teacher
 from runfolder import RunFolder
-from visualize import pca_sheet
+from visualize import large_sample, pca_sheet
 
 # ==========================================================================================================
 # THE METHOD. Put your hands here.
@@ -352,13 +352,11 @@ class Judge:
         return result
 
     def picture(self, t, path):
-        """pca.png: the first readable of the query images, as the teacher and a random network see them."""
+        """pca.png: some of the query images, as the teacher and a random network see them."""
         if self.sets is not None:
-            places = range(
-                0, len(self.sets[1]), max(1, len(self.sets[1]) // 8)
-            )  # folders are sorted by class
-            sample = [item[0] for item in map(self.sets[1].__getitem__, places) if item is not None][:8]
-            pca_sheet([t.teacher.backbone, self.random], torch.stack(sample)).save(path)
+            queries = self.sets[1]
+            sample = large_sample(queries.dataset, queries.size, queries.resize, 8)
+            pca_sheet([t.teacher.backbone, self.random], sample).save(path)
 
 
 def table(result):

@@ -34,8 +34,20 @@ def pca_colors(patches):
     return ((x - low) / (high - low + 1e-9)).clamp(0, 1).view(n, N, 3)
 
 
+def large_sample(dataset, size, resize, count):
+    """`count` images, evenly spread, at twice the size of an evaluation: uint8 (n, 3, 2 S, 2 S).
+
+    Four times the patches make a picture in which one recognises something.
+    """
+    images = EvalImages(dataset, 2 * size, 2 * resize, limit=count)
+    sample = [item[0] for item in (images[i] for i in range(len(images))) if item is not None]
+    if count < 1 or not sample:
+        raise UserError(f"there is nothing to draw: {count} images wanted, {len(sample)} readable")
+    return torch.stack(sample)
+
+
 @torch.no_grad()
-def pca_sheet(backbones, images, side=96):
+def pca_sheet(backbones, images, side=128):
     """A sheet with one column per image: the image above, and below it one PCA picture for each backbone.
 
     backbones: list of VisionTransformer, images uint8 (n, 3, S, S) -> PIL image.
@@ -73,15 +85,12 @@ def main():
     cfg = config.load(file=Path(args.run) / "config.yaml")
     size = cfg.evaluation.image_size or cfg.crops.global_crops_size
     resize = cfg.evaluation.resize_size or size
-    images = EvalImages(open_source(args.data or cfg.evaluation.test_path), size, resize, limit=args.count)
-    sample = [x for x in images if x is not None]
-    if args.count < 1 or not sample:
-        raise UserError(f"there is nothing to draw: --count is {args.count}, readable images {len(sample)}")
+    sample = large_sample(open_source(args.data or cfg.evaluation.test_path), size, resize, args.count)
     trained = load_backbone(args.run)
     torch.manual_seed(0)
     untrained = VisionTransformer(**trained.arch, init_std=cfg.student.init_std)
     try:
-        pca_sheet([trained, untrained], torch.stack([x for x, _ in sample])).save(args.out)
+        pca_sheet([trained, untrained], sample).save(args.out)
     except (OSError, ValueError) as e:
         raise UserError(f"{args.out} cannot be written ({e}): name a .png in an existing folder") from None
     print(f"wrote {args.out}: images, trained, random initialisation")

@@ -131,7 +131,7 @@ def test_visualize_draws_a_sheet(reference, tmp_path, monkeypatch):
     argv = ["visualize.py", str(reference[0]), "--data", "scenes:9", "--count", "3", "--out", out]
     monkeypatch.setattr(sys, "argv", argv)
     visualize.main()
-    assert Image.open(out).size == (3 * 100 - 4, 3 * 100 - 4)
+    assert Image.open(out).size == (3 * 132 - 4, 3 * 132 - 4)
 
 
 def test_second_run_takes_a_folder_of_its_own(tmp_path, monkeypatch):
