@@ -57,7 +57,8 @@ class Trainee:
             self.student.state_dict()
         )  # starts as an exact copy, in memory of its own
         self.dino_center = Centering(cfg.dino.head_n_prototypes).to(device)
-        K = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else cfg.dino.head_n_prototypes
+        own_head = hasattr(self.student, "ibot_head")
+        K = cfg.ibot.head_n_prototypes if own_head else cfg.dino.head_n_prototypes
         self.ibot_center = Centering(K).to(device)
         self.optimizer = make_optimizer(self.student, cfg)
         self.dtype = compute_dtype(cfg, device)

@@ -44,12 +44,12 @@ def test_multipliers(ffn):
             assert (lr, wd, last) == (pytest.approx(want["lr"]), want["wd"], want["last"]), name
 
 
-def laptop(*overrides):
-    return config.load(model="laptop", overrides=overrides)
+def small(*overrides):
+    return config.load(model="debug", overrides=overrides)
 
 
 def test_every_parameter_is_in_one_group_and_rates_are_set():
-    cfg = laptop("student.layerscale=0.1", "optim.layerwise_decay=0.9")
+    cfg = small("student.layerscale=0.1", "optim.layerwise_decay=0.9")
     student = DINOv2(cfg)
     optimizer = make_optimizer(student, cfg)
     ids = [id(p) for g in optimizer.param_groups for p in g["params"]]
@@ -68,14 +68,14 @@ def test_every_parameter_is_in_one_group_and_rates_are_set():
 
 
 def test_frozen_prototype_lengths_stay_out_of_the_optimizer():
-    cfg = laptop("dino.freeze_weight_g=true")
+    cfg = small("dino.freeze_weight_g=true")
     student = DINOv2(cfg)
     held = {id(p) for g in make_optimizer(student, cfg).param_groups for p in g["params"]}
     assert id(student.dino_head.last_layer.weight_g) not in held
 
 
 def test_teacher_moves_by_one_minus_m():
-    cfg = laptop()
+    cfg = small()
     student, teacher = DINOv2(cfg), DINOv2(cfg)
     before = [p.clone() for p in teacher.parameters()]
     update_teacher(teacher, student, 0.9)
@@ -88,7 +88,7 @@ def test_teacher_moves_by_one_minus_m():
 
 
 def test_clipping_is_per_module():
-    cfg = laptop()
+    cfg = small()
     student = DINOv2(cfg)
     for p in student.parameters():
         p.grad = torch.ones_like(p)
@@ -97,3 +97,11 @@ def test_clipping_is_per_module():
     for module in student.children():
         total = torch.stack([p.grad.norm() for p in module.parameters()]).norm()
         assert total.item() == pytest.approx(3.0, rel=1e-3)
+
+
+def test_clip_grad_zero_is_no_clipping():
+    student = DINOv2(small())
+    for p in student.parameters():
+        p.grad = torch.full_like(p, 9.0)
+    clip_gradients(student, 0)
+    assert all((p.grad == 9).all() for p in student.parameters())

@@ -79,15 +79,31 @@ def test_stop_and_resume_is_bit_identical(reference, tmp_path, monkeypatch):
     assert same(weights(folder), weights(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("mode", ["centering", "sinkhorn_knopp"])
-def test_resume_from_a_checkpoint_that_is_older_than_the_log(mode, tmp_path):
+V1 = ["ibot.mask_sample_probability=0", "ibot.separate_head=true", "dino.koleo_loss_weight=0",
+      "student.layerscale=0", "dino.freeze_weight_g=true", "train.centering=centering"]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [["train.centering=centering"], ["train.centering=sinkhorn_knopp"], V1])
+def test_resume_from_a_checkpoint_that_is_older_than_the_log(recipe, tmp_path):
     """A run killed after its last checkpoint repeats those steps, and logs each of them once."""
-    extra = f"train.centering={mode}", "train.checkpoint_every=4", "train.keep_last=5"
+    extra = *recipe, "train.checkpoint_every=4", "train.keep_last=5"
     whole = go(tmp_path / "whole", *extra)
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000010")
     assert losses(go(tmp_path / "run", *extra, "--resume")) == losses(whole)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_resuming_a_finished_run_only_evaluates_it(reference, tmp_path):
+    shutil.copytree(reference[0], tmp_path / "run")
+    assert go(tmp_path / "run", "--resume") == reference[1]
+    before, after = (json.loads((f / "result.json").read_text()) for f in (reference[0], tmp_path / "run"))
+    assert before == after
+
+
+def test_a_run_is_not_written_over(reference):
+    with pytest.raises(UserError, match="holds a run: add --resume"):
+        go(reference[0])
 
 
 def test_workers_change_nothing(reference, tmp_path):
@@ -164,7 +180,7 @@ def test_bad_images_are_listed_and_too_many_stop_the_run(tmp_path):
 
 def test_collapse_is_named(tmp_path):
     """Targets without sharpening: the teacher ends without an opinion, and the run says so, once."""
-    go(tmp_path / "run", "optim.epochs=6", "train.log_every=2", "student.drop_path_rate=0",
+    go(tmp_path / "run", "optim.epochs=6", "train.log_every=2", "crops.local_crops_number=0",
        "train.centering=centering", "teacher.teacher_temp=10", "teacher.warmup_teacher_temp=10")  # fmt: skip
     warnings = [r["warning"] for r in rows(tmp_path / "run") if "warning" in r]
     assert len(warnings) == 1 and "uniform" in warnings[0]
