@@ -316,15 +316,18 @@ def gray(x):
     return (x[:, :1] * 0.299).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)  # ITU-R 601, as Pillow
 
 
+def contrast(x, factor):
+    grey = gray(x.mean((2, 3), keepdim=True))  # of the mean colour: the same as the mean grey, in one pass
+    return x.mul_(factor).add_((1 - factor) * grey).clamp_(0, 255)
+
+
 def hue(x, shift):
     """Turns the hue by `shift` (1 = once round) without leaving RGB: channel = low + chroma * wave(hue)."""
     r, g, b = x.split(1, dim=1)
     more, less = torch.maximum(g, b), torch.minimum(g, b)
     top, low = torch.maximum(r, more), torch.minimum(r, less)
     six, is_r, g_first = (top - low).mul_(6), r.clone().ge_(more), g.clone().ge_(b)  # torch.where is slow
-    start = torch.addcmul(
-        g_first, is_r, torch.rsub(g_first, 5 / 3, alpha=2)
-    )  # red leads: 2/3, 5/3; else 1, 0
+    start = torch.addcmul(g_first, is_r, torch.rsub(g_first, 5 / 3, alpha=2))  # red: 2/3, 5/3; else 1, 0
     angle = torch.minimum(r, more).sub_(less).div_(six.clamp_(min=1e-6)).sub_(start).add_(2 / 3).abs_()
     wave = (angle + (x.new_tensor([[[1]], [[5 / 3]], [[4 / 3]]]) + shift)).frac_().sub_(0.5).abs_()
     return torch.addcmul(low.mul(2).sub_(top), wave, six, out=wave).clamp_(low, top)
@@ -344,9 +347,9 @@ def blur(x, sigma):
 
 
 OPERATIONS = (  # on float images in 0..255 (n, 3, h, w), each with its column of params (n, 1, 1, 1)
-    lambda x, factor: x.mul_(factor).clamp_(0, 255),  # brightness, then contrast and saturation, all in place
-    lambda x, factor: torch.lerp(gray(x).mean((2, 3), keepdim=True), x, factor, out=x).clamp_(0, 255),
-    lambda x, factor: torch.lerp(gray(x), x, factor, out=x).clamp_(0, 255),
+    lambda x, factor: x.mul_(factor).clamp_(0, 255),  # brightness
+    contrast,
+    lambda x, factor: torch.lerp(gray(x), x, factor, out=x).clamp_(0, 255),  # saturation
     hue,
     lambda x, _: gray(x).repeat(1, 3, 1, 1),
     blur,

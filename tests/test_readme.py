@@ -91,7 +91,7 @@ def test_settings_named_in_the_text_exist():
     cfg = config.load()
     sections = "|".join(vars(cfg))
     for section, key in re.findall(rf"\b({sections})\.(\w+)", README + LOG):
-        assert hasattr(getattr(cfg, section), key) or key in ("py", "yaml"), f"{section}.{key}"
+        assert hasattr(getattr(cfg, section), key) or key in ("py", "yaml", "pth"), f"{section}.{key}"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)
@@ -105,3 +105,13 @@ def test_results_are_quoted_as_measured(file):
             s = summary[name]
             digits = len(mean.partition(".")[2])
             assert [f"{s[k]:.{digits}f}" for k in ("mean", "min", "max")] == [mean, low, high], (row, s)
+
+
+def test_the_first_table_is_the_measured_one():
+    s = json.loads((ROOT / "results" / "laptop.json").read_text())["summary"]
+    spread = lambda k: "{mean:.3f} ({min:.3f}-{max:.3f})".format(**s[k])  # noqa: E731
+    mean = lambda k: f"{s[k]['mean']:.3f}"  # noqa: E731
+    cells = [spread("knn_top1"), spread("knn_random_init"), mean("knn_pixels"), mean("chance")]
+    assert f"| {' | '.join(cells)} |" in README
+    assert f"| {spread('fg_miou')} | {spread('fg_miou_random_init')} |" in README
+    assert f"| {s['train_seconds']['mean']:.0f} s |" in README
