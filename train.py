@@ -53,9 +53,7 @@ class Trainee:
         if not cfg.ibot.mask_sample_probability:  # nothing is masked: this token would never see a gradient
             self.student.backbone.mask_token.requires_grad_(False)
         self.teacher = DINOv2(cfg).to(device).eval().requires_grad_(False)
-        self.teacher.load_state_dict(
-            self.student.state_dict()
-        )  # starts as an exact copy, in memory of its own
+        self.teacher.load_state_dict(self.student.state_dict())  # an exact copy, in memory of its own
         self.dino_center = Centering(cfg.dino.head_n_prototypes).to(device)
         own_head = hasattr(self.student, "ibot_head")
         K = cfg.ibot.head_n_prototypes if own_head else cfg.dino.head_n_prototypes
@@ -154,9 +152,7 @@ def compute_losses(student, targets, batch, cfg):
         ibot = ibot_loss(student.patches, targets.patches, batch["mask_weights"], images, temp)
         terms["loss_ibot"] = cfg.ibot.loss_weight * ibot
     if cfg.dino.koleo_loss_weight:
-        koleo = sum(
-            koleo_loss(view, cfg.dino.koleo_group) for view in student.features
-        )  # summed over both global crops
+        koleo = sum(koleo_loss(view, cfg.dino.koleo_group) for view in student.features)  # both global crops
         terms["loss_koleo"] = cfg.dino.koleo_loss_weight * koleo
     return terms
 
