@@ -200,7 +200,7 @@ def to_rgb(image):
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_tensor(image):
@@ -312,44 +312,51 @@ class Crops(torch.utils.data.Dataset):
         return dict(masks, views=views, params=params, samples=torch.tensor(samples), bad=bad)
 
 
+# Colour operations on float images in 0..255 (n, 3, h, w), which they may overwrite; `by` is a number for
+# all, or one for each image, (n, 1, 1, 1).
 def gray(x):
     return (x[:, :1] * 0.299).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)  # ITU-R 601, as Pillow
 
 
-def contrast(x, factor):
+def contrast(x, by):
     grey = gray(x.mean((2, 3), keepdim=True))  # of the mean colour: the same as the mean grey, in one pass
-    return x.mul_(factor).add_((1 - factor) * grey).clamp_(0, 255)
+    return x.mul_(by).add_(grey * (1 - by)).clamp_(0, 255)
 
 
-def hue(x, shift):
-    """Turns the hue by `shift` (1 = once round) without leaving RGB: channel = low + chroma * wave(hue)."""
+def hue(x, by):
+    """Turns the hue by `by` (1 = once round) without leaving RGB: channel = low + chroma * wave(hue)."""
     r, g, b = x.split(1, dim=1)
-    more, less = torch.maximum(g, b), torch.minimum(g, b)
-    top, low = torch.maximum(r, more), torch.minimum(r, less)
-    six, is_r, g_first = (top - low).mul_(6), r.clone().ge_(more), g.clone().ge_(b)  # torch.where is slow
-    start = torch.addcmul(g_first, is_r, torch.rsub(g_first, 5 / 3, alpha=2))  # red: 2/3, 5/3; else 1, 0
-    angle = torch.minimum(r, more).sub_(less).div_(six.clamp_(min=1e-6)).sub_(start).add_(2 / 3).abs_()
-    wave = (angle + (x.new_tensor([[[1]], [[5 / 3]], [[4 / 3]]]) + shift)).frac_().sub_(0.5).abs_()
-    return torch.addcmul(low.mul(2).sub_(top), wave, six, out=wave).clamp_(low, top)
+    low, top, sign = torch.minimum(g, b), torch.maximum(g, b), g - b
+    turn = (low + top).sub_(r)
+    torch.minimum(low, r, out=low), torch.maximum(top, r, out=top)
+    six, rising, falling = (top - low).mul_(6).clamp_(min=1e-6), low.mul(2).sub_(top), top.mul(2).sub_(low)
+    # From -1/2 to 1/2 (0 red, 1/3 green, -1/3 blue) the hue has the sign of green - blue: no sectors needed.
+    turn.sub_(low).div_(six).add_(1 / 6).copysign_(sign).add_(by + 1).frac_()
+    waves = (r, 1 / 2, rising, 1), (g, 1 / 3, falling, -1), (b, 2 / 3, falling, -1)
+    for channel, centre, base, slope in waves:
+        wave = torch.sub(turn, centre, out=sign).abs_()
+        torch.addcmul(base, wave, six, value=slope, out=channel)
+    return x.clamp_(low, top)
 
 
-def blur(x, sigma):
-    """Gaussian of 9 taps, one sigma per image, mirrored at the edges; sums of shifted images are fastest."""
-    taps = torch.exp(-0.5 * (torch.arange(-4.0, 5.0, device=x.device) / sigma.view(-1, 1)) ** 2)
-    taps = (taps / taps.sum(1, keepdim=True))[:, :, None, None, None]  # (n, 9, 1, 1, 1)
-    x = F.pad(x, (4, 4, 4, 4), mode="reflect")
+def blur(x, by):
+    """Gaussian of 9 taps, `by` its sigma in pixels, mirrored at the edges: a sum of shifted images."""
+    single = not torch.is_tensor(by)
+    r = min(4, int(4 * by)) if single else 4  # four sigmas away a tap weighs less than 1/1000: left out
+    taps = [(math.exp if single else torch.exp)(-0.5 * (k / by) ** 2) for k in range(-r, r + 1)]
+    x = F.pad(x, (r, r, r, r), mode="reflect")
     for dim in (3, 2):
-        parts = [x.narrow(dim, k, x.shape[dim] - 8) for k in range(9)]
-        x = parts[0] * taps[:, 0]
-        for k in range(1, 9):
-            x.addcmul_(parts[k], taps[:, k])
+        parts = [x.narrow(dim, k, x.shape[dim] - 2 * r) for k in range(2 * r + 1)]
+        x = parts[0] * (taps[0] / sum(taps))
+        for part, tap in zip(parts[1:], taps[1:]):
+            x = x.add_(part, alpha=tap / sum(taps)) if single else x.addcmul_(part, tap / sum(taps))
     return x
 
 
-OPERATIONS = (  # on float images in 0..255 (n, 3, h, w), each with its column of params (n, 1, 1, 1)
-    lambda x, factor: x.mul_(factor).clamp_(0, 255),  # brightness
+OPERATIONS = (  # in the order of the columns of params
+    lambda x, by: x.mul_(by).clamp_(0, 255),  # brightness
     contrast,
-    lambda x, factor: torch.lerp(gray(x), x, factor, out=x).clamp_(0, 255),  # saturation
+    lambda x, by: torch.lerp(gray(x), x, by, out=x).clamp_(0, 255),  # saturation
     hue,
     lambda x, _: gray(x).repeat(1, 3, 1, 1),
     blur,
@@ -366,23 +373,34 @@ def normalize(x):
 
 def photometric(crops, params):
     """uint8 (n, 3, h, w) on any device, params (n, 11) of `draw` on the CPU -> normalised float32."""
-    # A GPU takes all images at once, a CPU what fits its caches: large images singly, small ones by the 4 MB.
-    out, values, rows = torch.empty(crops.shape, device=crops.device), params.to(crops.device), params.numpy()
+    # A GPU, or small images, in one batch; a large image alone, which stays in a CPU's cache all the way.
+    recolour = batched if crops.is_cuda or crops.shape[-1] < 64 else one_by_one
+    out, offset, scale = torch.empty(crops.shape, device=crops.device), -MEAN / STD, 1 / (255 * STD)
+    for here, x in recolour(crops, params):
+        torch.addcmul(offset.to(x.device), x, scale.to(x.device), out=out[here])
+    return out
+
+
+def one_by_one(crops, params):
+    for i, row in enumerate(params.tolist()):
+        x = crops[i : i + 1].to(torch.float32, memory_format=torch.contiguous_format)
+        jitter = sorted(range(4), key=row[4:8].__getitem__) if row[4] >= 0 else []
+        for k in jitter + [k for k in (4, 5, 6) if row[4 + k]]:
+            x = OPERATIONS[k](x, row[k] if k < 4 else row[4 + k])
+        yield slice(i, i + 1), x
+
+
+def batched(crops, params):
+    values, rows = params.to(crops.device), params.numpy()
     todo = [(rows[:, 4 + k] == turn, k, OPERATIONS[k]) for turn in range(4) for k in range(4)]
     todo += [(rows[:, k] > 0, k, OPERATIONS[k - 4]) for k in (8, 9, 10)]
-    offset, scale = (-MEAN / STD).to(out.device), (1 / (255 * STD)).to(out.device)
-    chunk = len(crops) if crops.is_cuda else 1 if crops.shape[3] > 200 else 2**20 // crops[0].numel()
+    chunk = len(crops) if crops.is_cuda else 2**18 // crops[0].numel()  # 1 MB of floats: a CPU's cache again
     for here in (slice(start, start + chunk) for start in range(0, len(crops), chunk)):
-        x, value = crops[here].to(torch.float32, memory_format=torch.contiguous_format), values[here]
+        x = crops[here].to(torch.float32, memory_format=torch.contiguous_format)
         for needed, column, operation in todo:
-            who = np.flatnonzero(needed[here])
-            if len(who) == len(x):
-                x = operation(x, value[:, column, None, None, None])
-            elif len(who):
-                who = torch.from_numpy(who).to(x.device)
-                x[who] = operation(x.index_select(0, who), value[who, column, None, None, None])
-        torch.addcmul(offset, x, scale, out=out[here])
-    return out
+            if len(who := torch.from_numpy(np.flatnonzero(needed[here])).to(x.device)):
+                x[who] = operation(x[who], values[here][who, column, None, None, None])
+        yield here, x
 
 
 def block_mask(rng, n, wanted, cap):

@@ -7,7 +7,7 @@ from PIL import Image
 from yardstick import PILLOW_AFTER, PILLOW_JITTER, photo, pillow_crop
 
 import config
-from data import OPERATIONS, STD, cut, draw, photometric, to_tensor
+from data import OPERATIONS, STD, batched, cut, draw, one_by_one, photometric, to_tensor
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,9 @@ def test_blur_is_the_nine_tap_gaussian():
     expected = np.array(
         [[(padded[i : i + 9, j : j + 9] * kernel).sum() for j in range(17)] for i in range(20)]
     )
-    ours = OPERATIONS[5](torch.from_numpy(x).float().expand(2, 3, 20, 17).clone(), torch.tensor([sigma, 0.1]))
+    ours = OPERATIONS[5](
+        torch.from_numpy(x).float().expand(2, 3, 20, 17).clone(), torch.tensor([sigma, 0.1]).view(2, 1, 1, 1)
+    )
     np.testing.assert_allclose(ours[0, 1], expected, atol=1e-6)
     np.testing.assert_allclose(ours[1, 2], x, atol=1e-6)  # sigma .1 changes nothing
 
@@ -97,6 +99,11 @@ def test_batching_changes_nothing():
     images = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8)
     alone = torch.cat([photometric(images[i : i + 1], rows[i : i + 1]) for i in range(60)])
     torch.testing.assert_close(photometric(images, rows), alone, atol=1e-5, rtol=0)
+    for size in (32, 98):  # a batch is as good as images one by one, which leave out taps below 1/1000
+        big = torch.randint(0, 256, (60, 3, size, size), dtype=torch.uint8)
+        (_, whole), *rest = [(here, x) for here, x in batched(big[:9], rows[:9])]
+        alone = torch.cat([x for _, x in one_by_one(big[:9], rows[:9])])
+        assert not rest and (whole - alone).abs().max() < 0.3
     channels_last = images.to(memory_format=torch.channels_last)
     assert torch.equal(photometric(channels_last, rows), photometric(images, rows))
 
