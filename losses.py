@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from distributed import all_reduce
+from kernels.prototypes import SoftTargets, sinkhorn_targets, soft_cross_entropy
 
 # ---------------------------------------------------------------- targets
 
@@ -46,12 +47,13 @@ class Centering(nn.Module):
         self.total, self.count = 0, 0
 
     @torch.no_grad()
-    def targets(self, logits, tau):
-        """logits (n, K) -> probabilities (n, K), fp32."""
-        logits = logits.float()
-        self.total = self.total + logits.sum(0, keepdim=True)
+    def targets(self, logits, tau, lazy=False):
+        """logits (n, K) -> probabilities (n, K), fp32; `lazy`: as SoftTargets, what they would be made of."""
+        self.total = self.total + logits.sum(0, keepdim=True, dtype=torch.float32)
         self.count += len(logits)
-        return F.softmax((logits - self.center) / tau, dim=-1)
+        if lazy:
+            return SoftTargets(logits, -self.center[0] / tau, tau)
+        return F.softmax((logits.float() - self.center) / tau, dim=-1)
 
     @torch.no_grad()
     def update(self):
@@ -67,14 +69,16 @@ class Centering(nn.Module):
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits, tau, iterations=3):
+def sinkhorn_knopp(logits, tau, iterations=3, lazy=False):
     """Targets by balanced assignment: every prototype gets the same share of the batch (SwAV; DINOv2 section
     4).
 
     Q = exp(z / tau); then, three times: divide each column by its sum over all ranks, each row by its own
     sum. logits (n, K), n may differ between ranks -> probabilities (n, K), fp32: rows sum to 1, columns
-    almost to n / K.
+    almost to n / K. `lazy`: as SoftTargets, without writing Q.
     """
+    if lazy:
+        return sinkhorn_targets(logits, tau, iterations)
     logits = logits.float() / tau
     floor = logits.new_full((1, logits.shape[1]), -torch.inf)
     largest = torch.cat([logits, floor]).amax(
@@ -95,6 +99,8 @@ def sinkhorn_knopp(logits, tau, iterations=3):
 
 def cross_entropy(student_logits, targets, student_temp=0.1):
     """-sum_k p_k log softmax(z / tau)_k for each row: (n, K), (n, K) -> (n,), fp32."""
+    if isinstance(targets, SoftTargets):  # on a GPU: the same without writing p, see kernels/prototypes.py
+        return soft_cross_entropy(student_logits, targets, student_temp)
     log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)
     return -(targets * log_probs).sum(dim=-1)
 

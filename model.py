@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from config import UserError
+from kernels.attention import attention, reference
 
 SIZES = {  # DINOv2 Table 17 (which prints 18 blocks for B: a misprint, code and weights have 12)
     "vit_laptop": dict(
@@ -48,23 +49,6 @@ class Tokens(NamedTuple):
 # ---------------------------------------------------------------- layers
 
 
-def attention(qkv, groups):
-    """softmax(q k' / sqrt(d)) v, inside each sequence. qkv (T, 3, H, d), groups [(sequences, length), ...] ->
-    (T, H, d).
-
-    Sequences of one group have equal length, so a group is a dense batch: no padding, no mask, no wasted
-    work.
-    """
-    outputs, start = [], 0
-    for count, length in groups:
-        part = qkv[start : start + count * length].view(count, length, *qkv.shape[1:])
-        q, k, v = part.permute(2, 0, 3, 1, 4)  # each (count, H, length, d)
-        out = F.scaled_dot_product_attention(q, k, v)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (count * length, H, d)
-        start += count * length
-    return torch.cat(outputs)
-
-
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -72,10 +56,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)  # rows ordered (q | k | v), each (H, d)
         self.proj = nn.Linear(dim, dim)
 
+    def heads(self, x):  # (T, D) -> (T, 3, H, D / H)
+        return self.qkv(x).unflatten(1, (3, self.num_heads, -1))
+
     def forward(self, x, groups):
-        T, D = x.shape
-        qkv = self.qkv(x).view(T, 3, self.num_heads, D // self.num_heads)
-        return self.proj(attention(qkv, groups).reshape(T, D))
+        return self.proj(attention(self.heads(x), groups).flatten(1))  # see kernels/attention.py
 
 
 class Mlp(nn.Module):
@@ -282,6 +267,15 @@ class VisionTransformer(nn.Module):
     def forward(self, images, masks=None):
         """images (B, 3, h p, w p), masks (B, N) bool or None -> Tokens."""
         return self.forward_crops([images], [masks])[0]
+
+    def attention_maps(self, images, layer=-1):
+        """Who looks at whom in one block: -> (B, H, T, T), T = [CLS, registers, patches], rows sum to 1."""
+        x = self.embed(images)
+        groups, x = [tuple(x.shape[:2])], x.flatten(0, 1)
+        for block in self.blocks[:layer]:
+            x = block(x, groups)
+        block = self.blocks[layer]
+        return reference(block.attn.heads(block.norm1(x)), groups)[1][0]
 
     def intermediate(self, images, layers, norm=True):
         """The outputs of chosen blocks (0-based ids), after the final norm or raw -> list of Tokens."""

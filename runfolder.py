@@ -42,8 +42,9 @@ class RunFolder:
     Raises UserError if the folder is in use, belongs to another run, or cannot be written.
     """
 
-    def __init__(self, path, config_text, resume=False):
+    def __init__(self, path, config_text, resume=False, facts=None):
         self.path, self.stop_requested = Path(from_first(str(path))), False
+        self.facts = facts or {}  # for environment.json
         self.lock, self.handlers, problem = None, {}, None
         if rank() == 0:
             try:
@@ -71,7 +72,7 @@ class RunFolder:
         if changed:
             print(f"note: the run goes on with other settings: {changed}", file=sys.stderr)
         replace(config, config_text)
-        replace(self.path / "environment.json", json.dumps(environment(), indent=1))
+        replace(self.path / "environment.json", json.dumps(environment() | self.facts, indent=1))
         (self.path / "checkpoints").mkdir(exist_ok=True)
 
     def take_lock(self):

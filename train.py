@@ -34,6 +34,8 @@ from config import UserError
 from data import make_loader, open_source
 from eval_knn import chance, eval_sets, knn_backbone, knn_pixels, pixels
 from features import foreground_miou
+from kernels import attention, prototypes
+from kernels.prototypes import SoftTargets
 from losses import Centering, collapse, diagnose, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 from model import DINOv2, VisionTransformer, describe
 from optim import clip_gradients, make_optimizer, schedule, set_rates, update_teacher
@@ -69,7 +71,7 @@ class Logits(NamedTuple):
 
     globals: torch.Tensor  # (2, B, K) [CLS] of the global crops, in their natural order
     locals: torch.Tensor | None  # (L, B, K) [CLS] of the local crops (student only)
-    patches: torch.Tensor  # (M, K) the masked patches
+    patches: torch.Tensor | SoftTargets  # (M, K) the masked patches
     features: torch.Tensor  # (2, B, D) [CLS] of the global crops before the head
 
 
@@ -118,10 +120,11 @@ def teacher_targets(t, batch, tau, cfg):
     tokens = t.teacher.backbone(batch["globals"])
     masked = tokens.patches.flatten(0, 1)[batch["mask_indices"]]  # (M, D)
     cls, patches = t.teacher.heads(tokens.cls, masked)
+    lazy = prototypes.fused(patches)  # on a GPU the probabilities of patches are never written out
     if cfg.train.centering == "sinkhorn_knopp":
-        cls, patches = sinkhorn_knopp(cls, tau), sinkhorn_knopp(patches, tau)
+        cls, patches = sinkhorn_knopp(cls, tau), sinkhorn_knopp(patches, tau, lazy=lazy)
     else:
-        cls, patches = t.dino_center.targets(cls, tau), t.ibot_center.targets(patches, tau)
+        cls, patches = t.dino_center.targets(cls, tau), t.ibot_center.targets(patches, tau, lazy)
     return Logits(cls.unflatten(0, (2, -1)), None, patches, tokens.cls.unflatten(0, (2, -1)))
 
 
@@ -372,6 +375,8 @@ def table(result):
 def main(argv=None):
     args, cfg = arguments(argv)
     device = dist.init(cfg.speed.device)
+    if cfg.speed.kernels != "auto":
+        attention.CHOICE = cfg.speed.kernels
     if cfg.speed.threads:
         torch.set_num_threads(cfg.speed.threads)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -381,7 +386,9 @@ def main(argv=None):
     dataset = open_source(cfg.train.dataset_path)
     t = Trainee(cfg, device)
     judge = Judge(cfg, t)
-    run = RunFolder(args.output_dir, cfg.to_yaml(), args.resume)
+    block = t.student.backbone.blocks[0].attn
+    kernels, why = attention.backend(device, t.dtype, block.proj.in_features // block.num_heads)
+    run = RunFolder(args.output_dir, cfg.to_yaml(), args.resume, dict(kernels=kernels, kernels_why=why))
     run.watch_signals()
     before = resume(t, run.path / "checkpoints") if args.resume else {}
     run.rewind(t.step)
@@ -392,7 +399,10 @@ def main(argv=None):
         size = sum(p.numel() for p in t.student.parameters())
         print(f"{run.path}: {describe(t.student.backbone)}; {size:,} parameters with heads")
         print(f"{len(dataset):,} images of {cfg.train.dataset_path}")
-        print(f"{steps} steps on {world} x {device} in {str(t.dtype)[6:]}", flush=True)
+        print(
+            f"{steps} steps on {world} x {device} in {str(t.dtype)[6:]}, kernels of {kernels}: {why}",
+            flush=True,
+        )
 
     # ---- the loop: a straight line
     watch, first = Watch(run, cfg, t, steps, before), t.step

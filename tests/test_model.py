@@ -239,3 +239,22 @@ def test_final_norm_is_applied_once():
     m, x = tiny(), torch.randn(1, 3, 56, 56)
     raw = m.intermediate(x, [1], norm=False)[0].cls
     close(layer_norm(raw, (64,), m.norm.weight, m.norm.bias, 1e-6), m(x).cls.detach())
+
+
+def test_attention_maps_are_what_the_block_computes(monkeypatch):
+    """The explicit softmax, applied to the values, is what attention gives; and its rows sum to one."""
+    torch.manual_seed(0)
+    m = VisionTransformer(32, 3, 2, patch_size=4, img_size=16, num_register_tokens=2, init_std=0.3).eval()
+    seen, plain = [], model.attention
+    monkeypatch.setattr(
+        model, "attention", lambda qkv, groups: seen.append((qkv, plain(qkv, groups))) or seen[-1][1]
+    )
+    images = torch.randn(2, 3, 16, 12)
+    m(images)
+    first = seen[:]
+    for layer in (0, 2, -1):
+        maps = m.attention_maps(images, layer)
+        assert maps.shape == (2, 2, 15, 15) and torch.allclose(maps.sum(-1), torch.ones(()))
+        qkv, out = first[layer]
+        v = qkv[:, 2].view(2, 15, 2, 16).transpose(1, 2)
+        close((maps @ v).transpose(1, 2).reshape(30, 2, 16), out, 5e-6)
