@@ -326,9 +326,6 @@ class Judge:
             self.sets = self.online = eval_sets(cfg)
             if e.online_limit:
                 self.online = eval_sets(cfg, limit=e.online_limit)
-        torch.manual_seed(cfg.train.seed)
-        device = next(t.teacher.parameters()).device
-        self.random = VisionTransformer(**t.teacher.backbone.arch, init_std=cfg.student.init_std).to(device)
 
     def knn(self, backbone, sets):
         """-> top-1 accuracy, or None on the ranks (and in the runs) that do not evaluate."""
@@ -343,6 +340,10 @@ class Judge:
         if self.sets is None:
             return {}
         (bank, queries), teacher = self.sets, t.teacher.backbone
+        torch.manual_seed(self.cfg.train.seed)  # the baseline: the same network, untrained
+        self.random = VisionTransformer(**teacher.arch, init_std=self.cfg.student.init_std).to(
+            teacher.norm.weight.device
+        )
         result = dict(knn_top1=self.knn(teacher, self.sets), knn_random_init=self.knn(self.random, self.sets),
                       knn_pixels=max(knn_pixels(bank, queries, ks=(self.cfg.evaluation.knn_k,)).values()),
                       chance=chance(pixels(queries, side=1)[1]))  # fmt: skip

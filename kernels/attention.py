@@ -367,8 +367,8 @@ def attention_backward(dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor,
     dqkv, delta = torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(lse)
     dout = dout if dout.stride(2) == 1 else dout.contiguous()  # an expanded gradient, as sum() makes it
     numbers = scale * math.log2(math.e), *qkv.stride()[:3], *dout.stride()[:2], scale
-    tensors = qkv, out, lse, delta, dout, dqkv
-    launch(slice(1, None), tensors, qkv, list(zip(groups[::2], groups[1::2])), numbers)
+    tensors, groups = (qkv, out, lse, delta, dout, dqkv), list(zip(groups[::2], groups[1::2]))
+    launch(slice(1, None), tensors, qkv, groups, numbers)
     return dqkv
 
 
@@ -386,8 +386,7 @@ def _(dout, qkv, out, lse, groups, scale):
 def setup_context(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], *output)
     ctx.groups, ctx.scale = inputs[1:]
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1]), ctx.set_materialize_grads(False)
 
 
 def backward(ctx, dout, _):

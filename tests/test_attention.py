@@ -135,6 +135,14 @@ def test_high_resolution():  # 518 pixels: 1,369 patches, [CLS], four registers
     check(*tensors([(1, 1374)], 1, 64), [(1, 1374)])
 
 
+def test_beyond_two_to_the_31():
+    """The second sequence starts 2.2e9 numbers into the tensor, as at ViT-g with half a million tokens."""
+    groups, stride = [(1, 16), (1, 4)], 140_000_000
+    qkv = torch.empty(19 * stride + 200, dtype=torch.float16).as_strided((20, 3, 1, 32), (stride, 64, 32, 1))
+    qkv.copy_(torch.randn(20, 3, 1, 32))  # of the 5 GB only these pages are ever touched
+    check(qkv, torch.randn(20, 1, 32).half(), groups)
+
+
 def far_below_zero(n, D=64, dtype=torch.float16):
     """All logits near -120 x 1.5: exp2(0 - lse) of a padded key is infinite, and infinity times 0 is NaN."""
     torch.manual_seed(0)

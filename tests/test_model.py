@@ -176,16 +176,32 @@ def test_weights_load_and_describe_themselves(tmp_path, kw):
     assert all(torch.equal(a, b) for a, b in zip(m(x), loaded(x), strict=True))
 
 
-def test_released_layout_of_the_giant_is_ours():
+RELEASED = json.loads((GOLDEN / "i_hub_state_dict_keys.json").read_text())
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_layout_of_the_released_files(name, tmp_path):
+    """A file of exactly the published names and shapes loads strict, and tells its architecture."""
+    shapes, depth = RELEASED[name]["keys"], RELEASED[name]["depth"]
+    blocks = {
+        k.replace(".0.", f".{i}.", 1): v for k, v in shapes.items() for i in range(depth) if "blocks.0." in k
+    }
+    shapes = {k: v for k, v in shapes.items() if "blocks." not in k} | blocks
     with torch.device("meta"):
-        m = VisionTransformer(**SIZES["vit_giant2"], num_register_tokens=4, ffn_layer="swiglufused")
-    keys = {k for k in m.state_dict() if "blocks" not in k or k.startswith("blocks.0.")}
-    block = {f"{layer}.{kind}" for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.w12", "mlp.w3")
-             for kind in ("weight", "bias")} | {"ls1.gamma", "ls2.gamma"}  # fmt: skip
-    outside = {"cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed.proj.weight",
-               "patch_embed.proj.bias", "norm.weight", "norm.bias"}  # fmt: skip
-    assert keys == outside | {f"blocks.0.{k}" for k in block}
-    assert m.pos_embed.shape == (1, 1370, 1536)
+        m = VisionTransformer(**model.architecture({k: torch.empty(v) for k, v in shapes.items()}, {}, name))
+    assert {k: list(v.shape) for k, v in m.state_dict().items()} == shapes
+    assert sum(p.numel() for p in m.parameters()) == RELEASED[name]["n_params"]
+    assert m.interpolate_antialias == ("reg4" in name) and m.interpolate_offset == (
+        0.0 if "reg4" in name else 0.1
+    )
+    assert m.num_register_tokens == 4 * ("reg4" in name) and m.blocks[0].attn.num_heads == m.embed_dim // 64
+    if "vits14" in name:  # small enough to write
+        torch.save({k: torch.randn(v) for k, v in shapes.items()}, tmp_path / f"{name}_pretrain.pth")
+        assert load_backbone(tmp_path / f"{name}_pretrain.pth")(torch.randn(1, 3, 28, 42)).patches.shape == (
+            1,
+            6,
+            384,
+        )
 
 
 def bad_file(tmp_path, content, name="w.pth"):
