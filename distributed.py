@@ -7,10 +7,14 @@ travel between GPUs (NCCL), so a stop signal or a decision of rank 0 costs no GP
 """
 
 import os
+import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from config import UserError
 
@@ -48,12 +52,31 @@ def all_reduce(tensor, op="sum"):
     return tensor
 
 
-def average_gradients(module):
-    """Every rank steps with the gradient of the global batch: the mean of the ranks' means, in place."""
-    if dist.is_initialized():
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                all_reduce(parameter.grad.div_(world_size()))
+def shard(model, device, dtype=torch.float32):
+    """Give each rank 1 / world_size() of every tensor (FSDP2, "ZeRO-3"), on `device`, in place -> model.
+
+    A block's weights are gathered when it is called, in `dtype`, and dropped again; gradients are averaged in
+    fp32 on the way back to their owners. The model keeps its parameter names and knows nothing of this.
+    """
+    if not dist.is_initialized():
+        return model.to(device)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for unit in (*model.backbone.blocks, *model.children()):
+        # Dropped after the forward pass too: a teacher has no backward pass that would do it.
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into them
+    return model
+
+
+def local(tensor):
+    """This rank's part of a sharded tensor, in place; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor):
+    """A sharded tensor in one piece, on every rank: all of them must ask. A plain tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def agree(flag):

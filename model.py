@@ -243,17 +243,25 @@ class VisionTransformer(nn.Module):
             x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], dim=1)
         return x
 
-    def forward_crops(self, images, masks=None):
-        """Several batches of images of different sizes in one pass.
-
-        images: list of (B_i, 3, h_i p, w_i p); masks: list of (B_i, N_i) bool or None -> list of Tokens.
-        """
+    def forward(self, images, masks=None):
+        """images (B, 3, h p, w p), masks (B, N) bool or None -> Tokens. Lists of both: see forward_crops."""
+        if torch.is_tensor(images):
+            return self.forward([images], [masks])[0]
         embedded = [self.embed(x, m) for x, m in zip(images, masks or [None] * len(images), strict=True)]
         groups = [tuple(x.shape[:2]) for x in embedded]
         x = torch.cat([x.flatten(0, 1) for x in embedded])  # (T, D): all tokens of all crops, end to end
         for block in self.blocks:
             x = block(x, groups)
         return self.split(self.norm(x), groups)
+
+    def forward_crops(self, images, masks=None):
+        """Several batches of images of different sizes in one pass.
+
+        images: list of (B_i, 3, h_i p, w_i p); masks: list of (B_i, N_i) bool or None -> list of Tokens.
+        """
+        return self(
+            images, masks
+        )  # a call, not self.forward: the hooks that FSDP hangs on calls gather weights
 
     def split(self, x, groups):
         """(T, D) -> Tokens per group."""
@@ -263,10 +271,6 @@ class VisionTransformer(nn.Module):
             for part, (b, n) in zip(x.split([b * n for b, n in groups]), groups, strict=True)
         ]
         return [Tokens(part[:, 0], part[:, 1 : 1 + R], part[:, 1 + R :]) for part in parts]
-
-    def forward(self, images, masks=None):
-        """images (B, 3, h p, w p), masks (B, N) bool or None -> Tokens."""
-        return self.forward_crops([images], [masks])[0]
 
     def attention_maps(self, images, layer=-1):
         """Who looks at whom in one block: -> (B, H, T, T), T = [CLS, registers, patches], rows sum to 1."""

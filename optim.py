@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from distributed import local, whole
+
 
 def multipliers(name, depth, layerwise_decay, patch_embed_lr_mult):
     """(lr multiplier, weight-decay multiplier, is it the head's last layer?) of one parameter, by its name.
@@ -84,11 +86,14 @@ def set_rates(optimizer, now):
 
 def clip_gradients(student, max_norm):
     """Clip the norm of backbone and heads separately (not jointly) -> {module: norm before clipping}."""
-    return {f"grad_{name}": torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm or math.inf)
+    return {f"grad_{name}": whole(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm or math.inf))
             for name, module in student.named_children()}  # fmt: skip
 
 
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
     """teacher <- m teacher + (1 - m) student, backbone and heads: one fused pass over all tensors."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    mine = [
+        [local(p) for p in model.parameters()] for model in (teacher, student)
+    ]  # each rank moves its shard
+    torch._foreach_lerp_(*mine, 1 - momentum)

@@ -51,17 +51,20 @@ class Trainee:
     """Student, teacher, centres, optimizer: what a step reads and writes, and what a checkpoint holds."""
 
     def __init__(self, cfg, device="cpu"):
-        self.student = DINOv2(cfg, cfg.student.drop_path_rate).to(device).train()
+        self.dtype = compute_dtype(cfg, device)
+        # Every rank draws the whole model on its CPU, from the same seed, and keeps a part.
+        self.student = DINOv2(cfg, cfg.student.drop_path_rate).train()
         if not cfg.ibot.mask_sample_probability:  # nothing is masked: this token would never see a gradient
             self.student.backbone.mask_token.requires_grad_(False)
-        self.teacher = DINOv2(cfg).to(device).eval().requires_grad_(False)
+        self.teacher = DINOv2(cfg).eval().requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())  # an exact copy, in memory of its own
+        for model in (self.student, self.teacher):
+            dist.shard(model, torch.device(device), self.dtype)
         self.dino_center = Centering(cfg.dino.head_n_prototypes).to(device)
         own_head = hasattr(self.student, "ibot_head")
         K = cfg.ibot.head_n_prototypes if own_head else cfg.dino.head_n_prototypes
         self.ibot_center = Centering(K).to(device)
         self.optimizer = make_optimizer(self.student, cfg)
-        self.dtype = compute_dtype(cfg, device)
         self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=self.dtype == torch.float16)
         self.step = 0
 
@@ -92,7 +95,6 @@ def train_step(t, batch, now, cfg, look=False):
         terms = compute_losses(student, targets, micro, cfg)  # how far apart
         t.scaler.scale(sum(terms.values()) / len(batch)).backward()
         seen.append({k: v.detach() for k, v in terms.items()})
-    dist.average_gradients(t.student)
     t.scaler.unscale_(t.optimizer)
     metrics = {k: torch.stack([s[k] for s in seen]).mean() for k in seen[0]}
     metrics["loss"] = sum(metrics.values())
@@ -210,8 +212,27 @@ def save(t, run, cfg, watch):
     meta = dict(seconds=watch.seconds, images=watch.images, bad=watch.bad)
     keep = cfg.train.keep_last, cfg.train.keep_every
     checkpoint.save(run.path / "checkpoints", t.step, checkpoint_state(t), meta, *keep)
+    tensors = in_one_piece(t.teacher)
     if dist.rank() == 0:
-        checkpoint.save_teacher(run.path / "teacher.pth", t.teacher.state_dict(), t.teacher.backbone.arch)
+        checkpoint.save_teacher(run.path / "teacher.pth", tensors, t.teacher.backbone.arch)
+
+
+def in_one_piece(module):
+    """The state dict of a sharded module: whole tensors on the CPU of rank 0, nothing on the other ranks."""
+    pieces = ((k, dist.whole(v)) for k, v in module.state_dict().items())  # one at a time
+    return {k: v.cpu() for k, v in pieces if dist.rank() == 0}
+
+
+def plain_teacher(t):
+    """The teacher's backbone in one piece on rank 0, None on the other ranks; alone, itself."""
+    if dist.world_size() == 1:
+        return t.teacher.backbone
+    tensors, arch = in_one_piece(t.teacher.backbone), t.teacher.backbone.arch
+    if dist.rank() > 0:
+        return None
+    backbone = VisionTransformer(**arch).to(dist.local(t.teacher.backbone.norm.weight).device)
+    backbone.load_state_dict(tensors)
+    return backbone.eval().requires_grad_(False)
 
 
 def arguments(argv):
@@ -335,29 +356,28 @@ class Judge:
         how = dict(ks=(e.knn_k,), batch_size=e.batch_size, num_workers=self.cfg.train.num_workers)
         return max(knn_backbone(backbone, *sets, **how).values())
 
-    def final(self, t):
+    def final(self, teacher):
         """The numbers of result.json."""
         if self.sets is None:
             return {}
-        (bank, queries), teacher = self.sets, t.teacher.backbone
+        (bank, queries), e = self.sets, self.cfg.evaluation
         torch.manual_seed(self.cfg.train.seed)  # the baseline: the same network, untrained
-        self.random = VisionTransformer(**teacher.arch, init_std=self.cfg.student.init_std).to(
-            teacher.norm.weight.device
-        )
+        self.random = VisionTransformer(**teacher.arch, init_std=self.cfg.student.init_std)
+        self.random.to(teacher.norm.weight.device)
         result = dict(knn_top1=self.knn(teacher, self.sets), knn_random_init=self.knn(self.random, self.sets),
-                      knn_pixels=max(knn_pixels(bank, queries, ks=(self.cfg.evaluation.knn_k,)).values()),
+                      knn_pixels=max(knn_pixels(bank, queries, ks=(e.knn_k,)).values()),
                       chance=chance(pixels(queries, side=1)[1]))  # fmt: skip
         if hasattr(queries.dataset, "scene"):  # the embedded data knows what is object and what is background
             result["fg_miou"] = foreground_miou(teacher, queries.dataset, queries.size)
             result["fg_miou_random_init"] = foreground_miou(self.random, queries.dataset, queries.size)
         return result
 
-    def picture(self, t, path):
+    def picture(self, teacher, path):
         """pca.png: some of the query images, as the teacher and a random network see them."""
         if self.sets is not None:
             queries = self.sets[1]
             sample = large_sample(queries.dataset, queries.size, queries.resize, 8)
-            pca_sheet([t.teacher.backbone, self.random], sample).save(path)
+            pca_sheet([teacher, self.random], sample).save(path)
 
 
 def table(result):
@@ -426,7 +446,7 @@ def main(argv=None):
             watch.step_done(metrics, now, t)
         every = cfg.evaluation.eval_period_iterations
         if every and t.step % every == 0 and t.step < steps:
-            watch.knn = judge.knn(t.teacher.backbone, judge.online)
+            watch.knn = judge.knn(plain_teacher(t), judge.online)
             if watch.knn is not None:
                 run.log(dict(step=t.step, knn_top1=watch.knn))
         if cfg.train.checkpoint_every and t.step % cfg.train.checkpoint_every == 0 and t.step < steps:
@@ -438,12 +458,13 @@ def main(argv=None):
     # ---- the end
     if t.step > first:
         save(t, run, cfg, watch)
+    teacher = plain_teacher(t)
     if rank == 0 and not signalled:
         rate = round(watch.images / max(watch.seconds, 1e-9), 1)
-        result = dict(judge.final(t), steps=t.step, train_seconds=round(watch.seconds, 1),
+        result = dict(judge.final(teacher), steps=t.step, train_seconds=round(watch.seconds, 1),
                       images_per_second=rate, bad_images=watch.bad)  # fmt: skip
         run.result(result)
-        judge.picture(t, run.path / "pca.png")
+        judge.picture(teacher, run.path / "pca.png")
         print(table(result))
     elif rank == 0:
         print(f"stopped at step {t.step} of {steps}; continue with --resume --output-dir {run.path}")
