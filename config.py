@@ -121,6 +121,8 @@ class Config:
         dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where a GPU has it
     class speed:  # ours: what changes the time of a run, not its result (beyond rounding)
         device: Literal["auto", "cpu", "cuda"] = "auto"
+        checkpointing: Literal["off", "full", "selective"] = "off"  # of activations: less memory, more time
+        compile: bool = False  # torch.compile, block by block
         kernels: Literal["auto", "triton", "pytorch"] = "auto"  # auto: Triton's where a GPU is
         threads: Whole = 0  # of each process on the CPU; 0 = leave it to PyTorch
     # fmt: on

@@ -9,12 +9,14 @@ travel between GPUs (NCCL), so a stop signal or a decision of rank 0 costs no GP
 import os
 import warnings
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from config import UserError
 
@@ -67,6 +69,34 @@ def shard(model, device, dtype=torch.float32):
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into them
     return model
+
+
+def lighten(blocks, checkpointing="off", compiled=False):
+    """Trade time for memory, and compile, block by block; call it before `shard`. Results stay the same.
+
+    checkpointing: "full" keeps only a block's input and computes the rest again in the backward pass (a third
+    more work); "selective" also keeps what is dear to compute again, attention and the matrix products.
+    """
+    aten = torch.ops.aten
+    keep = [
+        aten.mm,
+        aten.addmm,
+        aten._scaled_dot_product_flash_attention,
+        torch.ops.nanodino.attention_forward,
+    ]
+    keep = {op.default for op in (*keep, aten._scaled_dot_product_flash_attention_for_cpu)}
+
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    how = dict(use_reentrant=False)
+    if checkpointing == "selective":
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    for block in blocks:
+        if checkpointing != "off":
+            block.forward = partial(checkpoint, block.forward, **how)
+        if compiled:
+            block.compile()
 
 
 def local(tensor):

@@ -58,6 +58,8 @@ class Trainee:
             self.student.backbone.mask_token.requires_grad_(False)
         self.teacher = DINOv2(cfg).eval().requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())  # an exact copy, in memory of its own
+        dist.lighten(self.student.backbone.blocks, cfg.speed.checkpointing, cfg.speed.compile)
+        dist.lighten(self.teacher.backbone.blocks, compiled=cfg.speed.compile)
         for model in (self.student, self.teacher):
             dist.shard(model, torch.device(device), self.dtype)
         self.dino_center = Centering(cfg.dino.head_n_prototypes).to(device)

@@ -1,0 +1,153 @@
+"""One process and two are the same run: sharding, resuming at another size, and what each rank holds."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+STEPS = 20
+SETTINGS = ["--model", "debug", "train.dataset_path=scenes:200:seed=3", "optim.epochs=1", "train.log_every=1",
+            f"train.OFFICIAL_EPOCH_LENGTH={STEPS}", "optim.warmup_epochs=0.2",
+            "optim.freeze_last_layer_epochs=0.1",
+            "teacher.warmup_teacher_temp_epochs=0.5", "student.drop_path_rate=0", "evaluation.train_path=",
+            "evaluation.test_path=", "dino.koleo_group=4"]  # fmt: skip
+
+
+def launch(processes, script, *arguments, works=True):
+    """Run a script under torchrun, or alone; the global batch is 8 images either way."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*start, str(script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == works, done.stdout + done.stderr
+    return done
+
+
+def run(processes, folder, *settings, script=ROOT / "train.py"):
+    batch = f"train.batch_size_per_gpu={8 // processes}"
+    launch(processes, script, *SETTINGS, batch, "--output-dir", folder, *settings)
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in rows if "loss" in r]
+
+
+def difference(a, b):
+    """Largest relative difference of any loss term or gradient norm in any step."""
+    assert [r["step"] for r in a] == [r["step"] for r in b]
+    keys = [k for k in a[0] if k.startswith(("loss", "grad"))]
+    return max(abs(x[k] - y[k]) / (abs(x[k]) + 1e-9) for x, y in zip(a, b) for k in keys)
+
+
+@pytest.fixture(scope="module", params=["sinkhorn_knopp", "centering"])
+def alone(request, tmp_path_factory):
+    setting, folder = f"train.centering={request.param}", tmp_path_factory.mktemp("alone") / "run"
+    return setting, run(1, folder, setting, "train.checkpoint_every=10", "train.keep_last=9"), folder
+
+
+def test_two_processes_are_one(alone, tmp_path):
+    setting, expected, _ = alone
+    found = run(2, tmp_path / "run", setting, "speed.checkpointing=selective")
+    assert len(found) == STEPS and difference(expected, found) < 1e-5
+
+
+MUTE = """
+import config, losses, kernels.prototypes, train
+losses.all_reduce = lambda x, op="sum": x
+config.run(train.main)
+"""
+
+
+def test_a_missing_collective_is_noticed(alone, tmp_path):
+    setting, expected, _ = alone
+    (tmp_path / "mute.py").write_text(MUTE)
+    assert difference(expected, run(2, tmp_path / "run", setting, script=tmp_path / "mute.py")) > 1e-4
+
+
+def start_of(folder, target, step):
+    """A copy of a run as it was after `step`."""
+    shutil.copytree(folder, target)
+    for path in (target / "checkpoints").glob("step_*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    (target / "result.json").unlink()
+    return target
+
+
+def test_resume_at_another_size(tmp_path):
+    """1 -> 2 -> 1 goes on as if nothing had happened; 2 -> 2 to the last bit."""
+    half = ["train.checkpoint_every=10", "train.keep_last=9"]
+    whole = run(2, tmp_path / "two", *half)
+    for processes in (1, 2):
+        again = run(processes, start_of(tmp_path / "two", tmp_path / f"to{processes}", 10), *half, "--resume")
+        assert difference(whole, again) < 1e-5
+    weights = [torch.load(tmp_path / x / "teacher.pth", weights_only=True)["teacher"] for x in ("two", "to2")]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert whole == again or [r["loss"] for r in whole] == [r["loss"] for r in again]
+
+
+def test_one_grows_to_two(alone, tmp_path):
+    setting, expected, folder = alone
+    half = [setting, "train.checkpoint_every=10", "train.keep_last=9", "--resume"]
+    assert difference(expected, run(2, start_of(folder, tmp_path / "grown", 10), *half)) < 1e-5
+
+
+SHARES = """
+import sys, torch, config, distributed as dist, train
+from optim import schedule
+from torch.distributed.tensor import DTensor
+
+def main():
+    dist.init("cpu")
+    args, cfg = train.arguments(sys.argv[1:])
+    t = train.Trainee(cfg)
+    loader = train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu", 0, dist.rank(), 2)
+    train.train_step(t, [next(loader)], schedule(cfg, 0, 2), cfg)
+    moments = [v for s in t.optimizer.state.values() for k, v in s.items() if k.startswith("exp_avg")]
+    held = dict(student=list(t.student.parameters()), teacher=list(t.teacher.parameters()), optimizer=moments,
+                gradients=[p.grad for p in t.student.parameters()])
+    for name, tensors in held.items():
+        assert all(isinstance(x, DTensor) for x in tensors), name
+        share = sum(x.to_local().numel() for x in tensors) / sum(x.numel() for x in tensors)
+        assert share <= 0.55, (name, share)
+    dist.end()
+
+config.run(main)
+"""
+
+
+def test_each_rank_holds_its_share(tmp_path):
+    (tmp_path / "shares.py").write_text(SHARES)
+    launch(2, tmp_path / "shares.py", *SETTINGS, "train.batch_size_per_gpu=4")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_shards_too(dtype, tmp_path):
+    """On two ranks, near the same run on one; in fp16 the first steps are spent on finding the loss scale."""
+    rows = [run(n, tmp_path / str(n), f"compute_precision.dtype={dtype}", "optim.epochs=0.6") for n in (1, 2)]
+    taken = 0 if dtype == "bf16" else 9  # steps from here on must be taken
+    assert not any(r["skipped"] for half in rows for r in half[taken:])
+    assert 0 < max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(*rows)) < 0.1
+
+
+@pytest.mark.parametrize("setting", ["speed.checkpointing=full", "speed.checkpointing=selective"])
+def test_checkpointing_changes_no_bit(setting, tmp_path):
+    """Drop path draws again what it drew in the forward pass."""
+    for name, extra in (("plain", []), ("saved", [setting])):
+        run(1, tmp_path / name, "student.drop_path_rate=0.3", "optim.epochs=0.3", *extra)
+    weights = [
+        torch.load(tmp_path / x / "teacher.pth", weights_only=True)["teacher"] for x in ("plain", "saved")
+    ]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_agree(tmp_path):
+    plain = run(1, tmp_path / "plain", "optim.epochs=0.2")
+    assert difference(plain, run(1, tmp_path / "compiled", "optim.epochs=0.2", "speed.compile=true")) < 1e-4
