@@ -349,9 +349,8 @@ def launch(wanted, tensors, qkv, groups, numbers):
 
 
 @torch.library.custom_op("nanodino::attention_forward", mutates_args=())
-def attention_forward(
-    qkv: torch.Tensor, groups: list[int], scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_forward(qkv: torch.Tensor, groups: list[int],
+                      scale: float) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """qkv (T, 3, H, D), groups [count, length, ...] -> out (T, H, D), and lse (H, T) fp32 to base 2."""
     T, _, H, D = qkv.shape
     out, lse = qkv.new_empty(T, H, D), qkv.new_empty(H, T, dtype=torch.float32)
@@ -374,8 +373,7 @@ def attention_backward(dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor,
 
 @attention_forward.register_fake
 def _(qkv, groups, scale):
-    T, _, H, D = qkv.shape
-    return qkv.new_empty(T, H, D), qkv.new_empty(H, T, dtype=torch.float32)
+    return qkv.new_empty(qkv[:, 0].shape), qkv.new_empty(qkv.shape[2], qkv.shape[0], dtype=torch.float32)
 
 
 @attention_backward.register_fake
