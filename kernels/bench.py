@@ -7,7 +7,8 @@
 Writes results/kernels_<gpu>.json after every row, and the tables beside it as markdown. Times are medians of
 CUDA graphs of ten calls over rotating inputs, which do not fit the L2 cache together; providers take turns in
 three rounds. A peer pays for the copies that its layout needs; a peer that fails is listed with its reason.
-Compared are ratios within one run: best peer / ours.
+Compared are ratios within one run: best peer / ours. For "ours, with another ptxas", run it again with
+TRITON_PTXAS_PATH and --out.
 """
 
 import argparse
@@ -260,6 +261,7 @@ def race(report):
     """The table of attention."""
     for name, (groups, H, D) in ROWS.items():
         prepare(groups)
+        clock_before = sm_clock()
         flop = sum(4 * count * n * n * D * H for count, n in groups)
         size = 6 * H * D * sum(count * n for count, n in groups)  # bytes of one qkv
         tensors, dout = inputs(groups, H, D, copies=max(2, min(8, int(2e8 / size) + 1)))
@@ -290,8 +292,23 @@ def race(report):
                forward_ms={p: 1e3 * s[0] for p, s in spent.items()},
                both_ms={p: 1e3 * s[1] for p, s in spent.items()},
                peak_mb={p: b / 2**20 for p, b in used.items()}, clock={p: t[0][2] for p, t in times.items()},
-               tflops_forward=flop / spent["ours"][0] / 1e12,
-               tflops_both=3.5 * flop / spent["ours"][1] / 1e12)  # fmt: skip
+               sm_mhz=[clock_before, sm_clock()], **rates(flop, size / 3, spent["ours"]))  # fmt: skip
+
+
+def rates(flop, tensor, seconds):
+    """Ours beside the chip: TFLOP/s of the method, GB/s that must be moved, share of the floor of both.
+
+    Forward reads q, k, v and writes the output, 4 tensors; backward moves 8 and does 2.5 times the work.
+    """
+    found, bandwidth = {}, 4.8e12 if not DRY and "H200" in torch.cuda.get_device_name() else 3.35e12
+    for name, work, tensors, spent in (("forward", 1, 4, seconds[0]), ("both", 3.5, 12, seconds[1])):
+        floor = max(work * flop / 989e12, tensors * tensor / bandwidth)
+        found |= {
+            f"tflops_{name}": work * flop / spent / 1e12,
+            f"gb_per_s_{name}": tensors * tensor / spent / 1e9,
+        }
+        found[f"share_of_floor_{name}"] = floor / spent
+    return found
 
 
 def ibot(make_targets, loss, student, teacher):
@@ -353,6 +370,14 @@ def sweep(report):
 
 
 # ---------------------------------------------------------------- the report
+
+
+def sm_clock():
+    """MHz of the multiprocessors: a row during which it moved by more than 3 % is not worth much."""
+    if DRY:
+        return 0
+    command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(command, capture_output=True, text=True).stdout.split()[0])
 
 
 def machine():

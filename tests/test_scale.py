@@ -151,3 +151,15 @@ def test_checkpointing_changes_no_bit(setting, tmp_path):
 def test_compiled_blocks_agree(tmp_path):
     plain = run(1, tmp_path / "plain", "optim.epochs=0.2")
     assert difference(plain, run(1, tmp_path / "compiled", "optim.epochs=0.2", "speed.compile=true")) < 1e-4
+
+
+@pytest.mark.slow
+def test_kernels_under_fsdp(tmp_path, monkeypatch):
+    """The Triton operators, interpreted, in sharded and selectively checkpointed blocks."""
+    size = ["crops.global_crops_size=16", "crops.local_crops_size=8", "crops.local_crops_number=2"]
+    plain = run(1, tmp_path / "plain", "optim.epochs=0.2", *size)
+    monkeypatch.setenv("NANODINO_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ours = run(2, tmp_path / "ours", "optim.epochs=0.2", "speed.checkpointing=selective", *size)
+    assert json.loads((tmp_path / "ours" / "environment.json").read_text())["kernels"] == "triton"
+    assert difference(plain, ours) < 1e-4
