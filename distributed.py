@@ -78,13 +78,9 @@ def lighten(blocks, checkpointing="off", compiled=False):
     more work); "selective" also keeps what is dear to compute again, attention and the matrix products.
     """
     aten = torch.ops.aten
-    keep = [
-        aten.mm,
-        aten.addmm,
-        aten._scaled_dot_product_flash_attention,
-        torch.ops.nanodino.attention_forward,
-    ]
-    keep = {op.default for op in (*keep, aten._scaled_dot_product_flash_attention_for_cpu)}
+    keep = {op.default for op in (aten.mm, aten.addmm, torch.ops.nanodino.attention_forward)}
+    keep |= {aten._scaled_dot_product_flash_attention.default}
+    keep |= {aten._scaled_dot_product_flash_attention_for_cpu.default}
 
     def policy(context, op, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE

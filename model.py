@@ -259,9 +259,7 @@ class VisionTransformer(nn.Module):
 
         images: list of (B_i, 3, h_i p, w_i p); masks: list of (B_i, N_i) bool or None -> list of Tokens.
         """
-        return self(
-            images, masks
-        )  # a call, not self.forward: the hooks that FSDP hangs on calls gather weights
+        return self(images, masks)  # not self.forward: FSDP hangs the gathering of weights on calls
 
     def split(self, x, groups):
         """(T, D) -> Tokens per group."""

@@ -93,7 +93,6 @@ def clip_gradients(student, max_norm):
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
     """teacher <- m teacher + (1 - m) student, backbone and heads: one fused pass over all tensors."""
-    mine = [
-        [local(p) for p in model.parameters()] for model in (teacher, student)
-    ]  # each rank moves its shard
+    # Each rank moves its shard.
+    mine = [[local(p) for p in model.parameters()] for model in (teacher, student)]
     torch._foreach_lerp_(*mine, 1 - momentum)

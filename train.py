@@ -229,12 +229,13 @@ def plain_teacher(t):
     """The teacher's backbone in one piece on rank 0, None on the other ranks; alone, itself."""
     if dist.world_size() == 1:
         return t.teacher.backbone
-    tensors, arch = in_one_piece(t.teacher.backbone), t.teacher.backbone.arch
+    tensors, device = in_one_piece(t.teacher.backbone), dist.local(t.teacher.backbone.norm.weight).device
     if dist.rank() > 0:
         return None
-    backbone = VisionTransformer(**arch).to(dist.local(t.teacher.backbone.norm.weight).device)
-    backbone.load_state_dict(tensors)
-    return backbone.eval().requires_grad_(False)
+    with torch.device("meta"):  # no numbers are drawn, only to be overwritten
+        backbone = VisionTransformer(**t.teacher.backbone.arch)
+    backbone.load_state_dict(tensors, assign=True)
+    return backbone.to(device).eval().requires_grad_(False)
 
 
 def arguments(argv):
@@ -345,7 +346,8 @@ class Judge:
 
     def __init__(self, cfg, t):
         self.cfg, self.sets, self.online, e = cfg, None, None, cfg.evaluation
-        if e.train_path and e.test_path and dist.rank() == 0:
+        self.wanted = bool(e.train_path and e.test_path)  # known to all ranks; the images only to rank 0
+        if self.wanted and dist.rank() == 0:
             self.sets = self.online = eval_sets(cfg)
             if e.online_limit:
                 self.online = eval_sets(cfg, limit=e.online_limit)
@@ -447,7 +449,7 @@ def main(argv=None):
         if look:
             watch.step_done(metrics, now, t)
         every = cfg.evaluation.eval_period_iterations
-        if every and t.step % every == 0 and t.step < steps:
+        if judge.wanted and every and t.step % every == 0 and t.step < steps:
             watch.knn = judge.knn(plain_teacher(t), judge.online)
             if watch.knn is not None:
                 run.log(dict(step=t.step, knn_top1=watch.knn))
@@ -460,7 +462,7 @@ def main(argv=None):
     # ---- the end
     if t.step > first:
         save(t, run, cfg, watch)
-    teacher = plain_teacher(t)
+    teacher = plain_teacher(t) if judge.wanted and not signalled else None
     if rank == 0 and not signalled:
         rate = round(watch.images / max(watch.seconds, 1e-9), 1)
         result = dict(judge.final(teacher), steps=t.step, train_seconds=round(watch.seconds, 1),
