@@ -9,7 +9,7 @@ A checkpoint is a folder, checkpoints/step_00001234/:
 What is unusual: the folder is written under another name, flushed to the disk and renamed as the last act, so
 what is called step_* was complete once (kill -9 during a plain torch.save spoils the file almost every time).
 And reading never runs code from a file: DCP unpickles its metadata; here, only its few classes are let in.
-All ranks must see the same folder, and all of them must call `save`, `newest` and `restore`.
+All ranks must see the same folder, and all of them must call `start`, `wait`, `newest` and `restore`.
 """
 
 import hashlib
@@ -19,16 +19,22 @@ import pickle
 import shutil
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from config import UserError
-from distributed import from_first, rank
+from distributed import from_first, local, rank, whole, world_size
+from model import VisionTransformer
 from runfolder import replace
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")  # a single process: we know
 DTYPES = {str(v).split(".")[1] for v in vars(torch).values() if isinstance(v, torch.dtype)}
 ALLOWED = {  # all that DCP's metadata is made of; a pickle that names anything else is refused
     "torch.distributed.checkpoint.metadata": {
@@ -40,29 +46,54 @@ ALLOWED = {  # all that DCP's metadata is made of; a pickle that names anything 
 }  # fmt: skip
 
 
-def save(folder, step, state, meta=None, keep_last=3, keep_every=0):
-    """Write folder/step_XXXXXXXX -> its path; keep the newest `keep_last` and every `keep_every`-th step.
+class Writer:
+    """Saves while the training goes on: `start` copies the state, `wait` ends when it is on the disk.
 
-    state: nested dicts (string keys) and lists of tensors, DTensors, numbers, texts. meta: a dict of plain
-    values. Raises UserError on all ranks if the disk is full or not writable: the earlier ones stay intact.
+    One save at a time. What its ranks say to each other has a channel of its own, beside the loop's.
     """
-    folder = Path(folder)
-    target, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
-    reason = from_first(attempt(prepare, temporary))
-    if not reason:
-        # DCP tells every rank of a failure on any, so nobody waits for one that has given up.
-        reason = attempt(write_tensors, temporary, state)
-        reason = from_first(reason or attempt(finish, temporary, target, {"step": step, **(meta or {})}))
-    if reason:
+
+    def __init__(self):
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.thread, self.saving, self.target = ThreadPoolExecutor(1), None, None
+
+    def start(self, folder, step, state, meta=None, keep_last=3, keep_every=0, teacher=None):
+        """Save as folder/step_XXXXXXXX; keep the newest `keep_last` and every `keep_every`-th step.
+
+        state: nested dicts (string keys) and lists of tensors, DTensors, numbers, texts. meta: a dict of
+        plain values. teacher: rank 0's arguments for `write_teacher`. What fails, the next `wait` raises.
+        """
+        self.wait()
+        folder = Path(folder)
+        self.target, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
+        if reason := from_first(attempt(prepare, temporary)):
+            raise UserError(self.failure(reason))
+        how = dict(process_group=self.group, no_dist=self.group is None)
+        copied = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True), **how)
+        end = partial(finish, temporary, self.target, {"step": step, **(meta or {})}, keep_last, keep_every)
+        self.saving = self.thread.submit(self.complete, copied.result, end, temporary, teacher)
+
+    def complete(self, tensors_written, end, temporary, teacher):
+        """In the background -> None or the reason. DCP tells every rank of a failure on any."""
+        reason = attempt(tensors_written)
         if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"the checkpoint of step {step} could not be written to {folder} ({reason}); the "
-                        f"earlier ones are intact: make room or choose another train.output_dir")  # fmt: skip
-    if rank() == 0:
-        for path in steps(folder)[keep_last:]:
-            if not keep_every or int(path.name[5:]) % keep_every:
-                discard(path)
-    return target
+            reason = reason or attempt(end) or (attempt(write_teacher, *teacher) if teacher else None)
+            shutil.rmtree(temporary, ignore_errors=True)  # renamed by now, unless something failed
+        return reason
+
+    def failed(self):
+        """True once a save in the background is known to have failed: time to call `wait`."""
+        return self.saving is not None and self.saving.done() and self.saving.result() is not None
+
+    def wait(self):
+        """-> the path of the last checkpoint, when it is on the disk. Raises UserError, on all ranks."""
+        reason, self.saving = from_first(self.saving and self.saving.result()), None
+        if reason:
+            raise UserError(self.failure(reason))
+        return self.target
+
+    def failure(self, reason):
+        return (f"the checkpoint {self.target} could not be written ({reason}); the earlier ones are intact: "
+                f"make room or choose another train.output_dir")  # fmt: skip
 
 
 def attempt(function, *args):
@@ -80,22 +111,19 @@ def prepare(temporary):
         temporary.mkdir(parents=True)
 
 
-def write_tensors(temporary, state):
-    with warnings.catch_warnings(action="ignore"):  # "the intent is to save in a single process": it is
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
-
-
-def finish(temporary, target, meta):
-    """Rank 0: the readable part, the manifest, and the rename that makes all of it count."""
-    if rank() == 0:
-        replace(temporary / "meta.json", json.dumps(meta, indent=1))
-        files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
-        replace(temporary / "manifest.json", json.dumps({"files": files}, indent=1))
-        fsync_folder(temporary)
-        if target.exists():  # the same step again, after a resume: a folder can't be renamed over another
-            discard(target)
-        os.replace(temporary, target)
-        fsync_folder(target.parent)
+def finish(temporary, target, meta, keep_last, keep_every):
+    """Rank 0: the readable part, the manifest, the rename that makes all of it count; the oldest go."""
+    replace(temporary / "meta.json", json.dumps(meta, indent=1))
+    files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
+    replace(temporary / "manifest.json", json.dumps({"files": files}, indent=1))
+    fsync_folder(temporary)
+    if target.exists():  # the same step again, after a resume: a folder can't be renamed over another
+        discard(target)
+    os.replace(temporary, target)
+    fsync_folder(target.parent)
+    for path in steps(target.parent)[keep_last:]:
+        if not keep_every or int(path.name[5:]) % keep_every:
+            discard(path)
 
 
 def discard(path):
@@ -165,8 +193,7 @@ def restore(path, state):
     entries whose names or shapes differ, before anything is overwritten.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):
-            dcp.load(state, storage_reader=Reader(path), planner=Planner())
+        dcp.load(state, storage_reader=Reader(path), planner=Planner())
         return json.loads((Path(path) / "meta.json").read_text(encoding="utf-8"))
     except (CheckpointException, OSError, ValueError) as e:
         e = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
@@ -215,24 +242,69 @@ class Planner(dcp.DefaultLoadPlanner):
         place[last] = torch.load(value, weights_only=True)
 
 
-def save_teacher(path, teacher_state_dict, arch):
-    """{"teacher": {official name: tensor}, "arch": {...}} in one plain file that weights_only=True reads.
-
-    The tensors must be whole (not sharded); rank 0 alone calls it. Raises UserError; the old file then stays.
-    """
-    # copied: a view would drag its whole storage into the file
-    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in teacher_state_dict.items()}
-    temporary = Path(path).with_name(f".{Path(path).name}.partial")
-    reason = attempt(write_file, temporary, Path(path), {"teacher": tensors, "arch": dict(arch)})
-    if reason:
+def write_teacher(path, tensors, arch):
+    """{"teacher": {official name: whole tensor}, "arch": {...}} in one file that weights_only=True reads."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save({"teacher": tensors, "arch": arch}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({reason}): make room or choose another folder")
-
-
-def write_file(temporary, path, content):
-    with open(temporary, "wb") as f:
-        torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
     fsync_folder(path.parent)
+
+
+# ---------------------------------------------------------------- what a run consists of
+
+
+def checkpoint_state(t):
+    """Everything that the next step depends on, as named tensors."""
+    return {"student": t.student.state_dict(), "teacher": t.ema.state_dict(),
+            "dino_center": t.dino_center.state_dict(), "ibot_center": t.ibot_center.state_dict(),
+            "optimizer": get_optimizer_state_dict(t.student, t.optimizer), "scaler": t.scaler.state_dict(),
+            "step": t.step}  # fmt: skip
+
+
+def resume(t, folder):
+    """Continue from the newest intact checkpoint, if there is one -> its meta.json, or {}."""
+    path = newest(folder)
+    if path is None:
+        return {}
+    state = checkpoint_state(t)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in t.optimizer.param_groups]
+    meta = restore(path, state)
+    set_optimizer_state_dict(t.student, t.optimizer, state["optimizer"])
+    for group, own in zip(t.optimizer.param_groups, settings):
+        group.update(own)  # moments from the file, settings from the config
+    t.scaler.load_state_dict(state["scaler"])
+    t.step = state["step"]
+    return meta
+
+
+def save(writer, t, folder, cfg, watch):
+    """Begin to write a checkpoint to resume from, and the teacher as a plain file to use."""
+    meta = dict(seconds=watch.seconds, images=watch.images, bad=watch.bad)
+    keep = cfg.train.keep_last, cfg.train.keep_every
+    teacher = folder / "teacher.pth", in_one_piece(t.ema), t.ema.backbone.arch
+    writer.start(folder / "checkpoints", t.step, checkpoint_state(t), meta, *keep, teacher=teacher)
+
+
+def in_one_piece(module):
+    """A copy of a (sharded) module's state dict on the CPU of rank 0, nothing on the other ranks."""
+    pieces = ((k, whole(v)) for k, v in module.state_dict().items())  # one at a time
+    return {k: v.to("cpu", copy=True) for k, v in pieces if rank() == 0}
+
+
+def plain_teacher(t):
+    """The teacher's backbone in one piece on rank 0, None on the other ranks; alone, itself."""
+    if world_size() == 1:
+        return t.ema.backbone
+    tensors, device = in_one_piece(t.ema.backbone), local(t.ema.backbone.norm.weight).device
+    if rank() > 0:
+        return None
+    with torch.device("meta"):  # no numbers are drawn, only to be overwritten
+        backbone = VisionTransformer(**t.ema.backbone.arch)
+    backbone.load_state_dict(tensors, assign=True)
+    return backbone.to(device).eval().requires_grad_(False)

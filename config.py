@@ -65,6 +65,8 @@ class Config:
         keep_every: Whole = 0  # ours: checkpoints at multiples of this step are kept for good; 0 = none
         log_every: Count = 10  # ours: steps between rows of metrics.jsonl
         max_nan: Count = 5  # ours: steps in a row without a finite loss, after which the run stops
+        init_from: str = ""  # ours: a run, or released weights, that student and teacher start from
+        distill_from: str = ""  # ours: a run with a larger model, whose teacher stays the teacher here
     class student:
         arch: Literal["vit_laptop", "vit_small", "vit_base", "vit_large", "vit_giant2"] = "vit_large"
         patch_size: Count = 16  # pixels
@@ -92,6 +94,7 @@ class Config:
         min_lr: Number = 1.0e-6  # at the end of its cosine
         clip_grad: Number = 3.0  # norm, for backbone and heads apart; 0 = no clipping
         freeze_last_layer_epochs: Number = 1.0  # the prototypes stand still that long
+        freeze_backbone_epochs: Number = 0.0  # ours: new heads on old features learn alone that long
         scaling_rule: Literal["sqrt_wrt_1024"] = "sqrt_wrt_1024"  # of base_lr by images per step
         patch_embed_lr_mult: Number = 0.2
         layerwise_decay: Share = 0.9  # of the learning rate, per block, towards the input
@@ -208,6 +211,8 @@ def convert(kind, value):
         with suppress(ValueError, OverflowError):
             if low <= float(value) <= high and number(float(value)) == float(value):
                 return number(float(value))
+    if origin is Literal and value is False:  # YAML reads a bare off as false
+        value = "off"
     if origin is Literal and value in args or origin in (bool, str) and isinstance(value, origin):
         return value
     if origin is str and value is None:
@@ -225,7 +230,7 @@ def check(cfg):
     bad = [f"{n} {v[n]} is no multiple of student.patch_size {patch}" for n in sizes if v[n] % patch]
     pairs = [n for n in v if KINDS[n] == tuple[Share, Share]]
     bad += [f"{n} {list(v[n])} must name the smaller number first" for n in pairs if v[n][0] > v[n][1]]
-    run, spans = cfg.optim.epochs, ["optim.warmup_epochs", "optim.freeze_last_layer_epochs"]
+    run, spans = cfg.optim.epochs, [n for n in v if n.startswith(("optim.warmup", "optim.freeze"))]
     bad += [f"{n} {v[n]:g} is longer than the run, optim.epochs {run:g}" for n in spans if v[n] > run]
     if cfg.crops.local_crops_number and cfg.crops.local_crops_size < 5:
         bad += ["crops.local_crops_size must be 5 or more: blur reaches 4 pixels beyond the edge"]

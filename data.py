@@ -216,7 +216,7 @@ def hash64(*parts):
 def permute(secret, x, n):
     """Where x goes in the permutation of range(n) that `secret` names; no table, a few us for any x and n."""
     # Four Feistel rounds permute a power of four >= n; walking on until the result is below n keeps it 1:1.
-    half = (n.bit_length() + 1) // 2
+    half = ((n - 1).bit_length() + 1) // 2
     while True:
         left, right = x >> half, x & ((1 << half) - 1)
         for turn in range(4):
@@ -298,7 +298,7 @@ class Crops(torch.utils.data.Dataset):
         (step, micro), cfg, crops, B = where, self.cfg, self.cfg.crops, self.cfg.train.batch_size_per_gpu
         G, first = B * self.world * cfg.train.accumulate, (micro * self.world + self.rank) * B
         groups = (2, crops.global_crops_size), (crops.local_crops_number, crops.local_crops_size)
-        views = [torch.empty(B * n, s, s, 3, dtype=torch.uint8).permute(0, 3, 1, 2) for n, s in groups]
+        views = [torch.empty(B * n, 3, s, s, dtype=torch.uint8) for n, s in groups]
         params, bad, samples = [], [], [step * G + first + j for j in range(B)]
         for j, i in enumerate(samples):
             image, rng = self.fetch(i, bad), np.random.default_rng(hash64(cfg.train.seed, "crops", i))
@@ -315,41 +315,41 @@ class Crops(torch.utils.data.Dataset):
 # Colour operations on float images in 0..255 (n, 3, h, w), which they may overwrite; `by` is a number for
 # all, or one for each image, (n, 1, 1, 1).
 def gray(x):
-    return (x[:, :1] * 0.299).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)  # ITU-R 601, as Pillow
+    r, g, b = x.chunk(3, dim=1)
+    return torch.lerp(torch.lerp(g, b, 0.114 / 0.701), r, 0.299)  # .299 r + .587 g + .114 b, as Pillow
 
 
 def contrast(x, by):
     grey = gray(x.mean((2, 3), keepdim=True))  # of the mean colour: the same as the mean grey, in one pass
-    return x.mul_(by).add_(grey * (1 - by)).clamp_(0, 255)
+    return torch.lerp(grey, x, by, out=x).clamp_(0, 255)
 
 
 def hue(x, by):
-    """Turns the hue by `by` (1 = once round) without leaving RGB: channel = low + chroma * wave(hue)."""
-    r, g, b = x.split(1, dim=1)
-    low, top, sign = torch.minimum(g, b), torch.maximum(g, b), g - b
-    turn = (low + top).sub_(r)
-    torch.minimum(low, r, out=low), torch.maximum(top, r, out=top)
-    six, rising, falling = (top - low).mul_(6).clamp_(min=1e-6), low.mul(2).sub_(top), top.mul(2).sub_(low)
-    # From -1/2 to 1/2 (0 red, 1/3 green, -1/3 blue) the hue has the sign of green - blue: no sectors needed.
-    turn.sub_(low).div_(six).add_(1 / 6).copysign_(sign).add_(by + 1).frac_()
-    waves = (r, 1 / 2, rising, 1), (g, 1 / 3, falling, -1), (b, 2 / 3, falling, -1)
-    for channel, centre, base, slope in waves:
-        wave = torch.sub(turn, centre, out=sign).abs_()
-        torch.addcmul(base, wave, six, value=slope, out=channel)
-    return x.clamp_(low, top)
+    """Turns the hue by `by` (1 = once round) without leaving RGB: a channel is a wave of the hue, cut off."""
+    r, g, b = x.chunk(3, dim=1)
+    low, top = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    base = low - (chroma := top - low)
+    # The hue, -3 to 3 (0 red, 2 green, -2 blue), has the sign of g - b: no sectors. Here it is times chroma.
+    turn = (g + b).sub_(r).sub_(base).copysign_(g - b)
+    further = turn + chroma
+    for channel, opposite in (r, 3), (g, 1), (b, 5):
+        torch.lerp(turn, further, (opposite + 6 * by) % 6 - 3, out=channel)
+    return x.abs_().sub_(chroma, alpha=3).abs_().add_(base).clamp_(low, top)
 
 
 def blur(x, by):
-    """Gaussian of 9 taps, `by` its sigma in pixels, mirrored at the edges: a sum of shifted images."""
-    single = not torch.is_tensor(by)
-    r = min(4, int(4 * by)) if single else 4  # four sigmas away a tap weighs less than 1/1000: left out
-    taps = [(math.exp if single else torch.exp)(-0.5 * (k / by) ** 2) for k in range(-r, r + 1)]
+    """Gaussian of 9 taps, `by` its sigma in pixels, mirrored at the edges: running mean of shifted images."""
+    # Four sigmas away a tap weighs less than 1/1000: left out. The middle comes first, it always has weight.
+    exp, r = (torch.exp, 4) if torch.is_tensor(by) else (math.exp, min(4, int(4 * by)))
+    order = sorted(range(-r, r + 1), key=abs)
+    taps = [exp(-0.5 * (k / by) ** 2) for k in order]
+    shares = [tap / total for tap, total in zip(taps, itertools.accumulate(taps))][1:]
     x = F.pad(x, (r, r, r, r), mode="reflect")
     for dim in (3, 2):
-        parts = [x.narrow(dim, k, x.shape[dim] - 2 * r) for k in range(2 * r + 1)]
-        x = parts[0] * (taps[0] / sum(taps))
-        for part, tap in zip(parts[1:], taps[1:]):
-            x = x.add_(part, alpha=tap / sum(taps)) if single else x.addcmul_(part, tap / sum(taps))
+        x, *parts = [x.narrow(dim, r + k, x.shape[dim] - 2 * r) for k in order]
+        mean = torch.empty_like(x)
+        for part, share in zip(parts, shares):
+            x = torch.lerp(x, part, share, out=mean)
     return x
 
 
@@ -358,7 +358,7 @@ OPERATIONS = (  # in the order of the columns of params
     contrast,
     lambda x, by: torch.lerp(gray(x), x, by, out=x).clamp_(0, 255),  # saturation
     hue,
-    lambda x, _: gray(x).repeat(1, 3, 1, 1),
+    lambda x, _: gray(x),  # one channel: the rest is a third of the work
     blur,
     lambda x, _: x + (255 - 2 * x) * x.clone().ge_(128),  # solarize
 )
@@ -377,7 +377,7 @@ def photometric(crops, params):
     recolour = batched if crops.is_cuda or crops.shape[-1] < 64 else one_by_one
     out, offset, scale = torch.empty(crops.shape, device=crops.device), -MEAN / STD, 1 / (255 * STD)
     for here, x in recolour(crops, params):
-        torch.addcmul(offset.to(x.device), x, scale.to(x.device), out=out[here])
+        torch.mul(x, scale.to(x.device), out=out[here]).add_(offset.to(x.device))  # addcmul is slower
     return out
 
 
@@ -387,7 +387,7 @@ def one_by_one(crops, params):
         jitter = sorted(range(4), key=row[4:8].__getitem__) if row[4] >= 0 else []
         for k in jitter + [k for k in (4, 5, 6) if row[4 + k]]:
             x = OPERATIONS[k](x, row[k] if k < 4 else row[4 + k])
-        yield slice(i, i + 1), x
+        yield slice(i, i + 1), x.expand(-1, 3, -1, -1)
 
 
 def batched(crops, params):
@@ -453,17 +453,33 @@ def make_loader(cfg, dataset, device, start_step=0, rank=0, world=1):
     order = ((step, micro) for step in itertools.count(start_step) for micro in range(cfg.train.accumulate))
     options = dict(num_workers=workers, timeout=TIMEOUT if workers else 0, pin_memory="cuda" in str(device))
     batches = iter(torch.utils.data.DataLoader(crops, batch_size=None, sampler=order, **options))
+    # On a GPU the next batch travels, and is coloured, beside the step that uses this one. Each stream waits
+    # for what the other was given before, so no memory is used again too early. On a CPU, streams do nothing.
+    streams = torch.get_device_module(device)
+    side, ahead = streams.Stream(), None
     while True:
-        try:
-            batch = next(batches)
-        except Exception as error:  # also a worker's, with its traceback as message: the last line says what
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
-            at = ", ".join(crops.name(i) for i in crops.at.tolist() if i >= 0)
-            raise UserError(f"reading images stopped: {reason}; last read: {at}") from error
-        groups = zip(batch.pop("views"), batch.pop("params"))
-        views = [photometric(x.to(device, non_blocking=True), p) if len(x) else None for x, p in groups]
-        batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        yield dict(batch, globals=views[0], locals=views[1])
+        streams.current_stream().wait_stream(side)
+        side.wait_stream(streams.current_stream())
+        with streams.stream(side):
+            batch, ahead = ahead, on_device(read(batches, crops), device)
+        if batch:
+            yield batch
+
+
+def read(batches, crops):
+    try:
+        return next(batches)
+    except Exception as error:  # also a worker's, with its traceback as message: the last line says what
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+        at = ", ".join(crops.name(i) for i in crops.at.tolist() if i >= 0)
+        raise UserError(f"reading images stopped: {reason}; last read: {at}") from error
+
+
+def on_device(batch, device):
+    groups = zip(batch.pop("views"), batch.pop("params"))
+    views = [photometric(x.to(device, non_blocking=True), p) if len(x) else None for x, p in groups]
+    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    return dict(batch, globals=views[0], locals=views[1])
 
 
 def main():

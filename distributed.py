@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from config import UserError
@@ -55,20 +55,21 @@ def all_reduce(tensor, op="sum"):
 
 
 def shard(model, device, dtype=torch.float32):
-    """Give each rank 1 / world_size() of every tensor (FSDP2, "ZeRO-3"), on `device`, in place -> model.
+    """Give each rank 1 / world_size() of every tensor of a meta model (FSDP2, "ZeRO-3"), memory on `device`.
 
     A block's weights are gathered when it is called, in `dtype`, and dropped again; gradients are averaged in
-    fp32 on the way back to their owners. The model keeps its parameter names and knows nothing of this.
+    fp32 on the way back to their owners. The model keeps its parameter names and knows nothing of this. Its
+    numbers are not set: see `fill`.
     """
     if not dist.is_initialized():
-        return model.to(device)
+        return model.to_empty(device=device)
     mesh = init_device_mesh(device.type, (world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for unit in (*model.backbone.blocks, *model.children()):
         # Dropped after the forward pass too: a teacher has no backward pass that would do it.
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into them
-    return model
+    return model.to_empty(device=device)
 
 
 def lighten(blocks, checkpointing="off", compiled=False):
@@ -95,6 +96,14 @@ def lighten(blocks, checkpointing="off", compiled=False):
             block.compile()
 
 
+def fill(parameter, value):
+    """Copy a whole tensor into a parameter; into a sharded one, this rank's part of it (no communication)."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        value = distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+    parameter.copy_(value)
+
+
 def local(tensor):
     """This rank's part of a sharded tensor, in place; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -105,9 +114,9 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def agree(flag):
-    """True on every rank if `flag` is truthy on any, so that all of them stop at the same step."""
-    return bool(all_reduce(torch.tensor(float(bool(flag))), "max"))
+def tally(*numbers):
+    """Each number (or flag) summed over all ranks -> ints. Between the hosts: no GPU is asked."""
+    return all_reduce(torch.tensor([int(n) for n in numbers])).tolist()
 
 
 def from_first(value):

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 import config
 from config import UserError
 from data import open_source
-from features import EvalImages, batches, extract
+from distributed import rank
+from features import EvalImages, batches, extract, foreground_miou
 from model import VisionTransformer, describe, load_backbone
+from visualize import large_sample, pca_sheet
 
 KS, TEMPERATURE = (10, 20, 100, 200), 0.07
 
@@ -54,9 +56,7 @@ def labelled(features, labels):
     """Those rows whose label is known (0 or more); k-NN has no use for the others."""
     known = labels >= 0
     if not known.any():
-        raise UserError(
-            "none of the evaluation images can be read and has a label: k-NN needs labelled images"
-        )
+        raise UserError("none of the evaluation images can be read and has a label, as k-NN needs")
     return features[known], labels[known]
 
 
@@ -90,9 +90,7 @@ def eval_sets(cfg, train_path="", test_path="", limit=0):
     """Bank and queries as the config says: (EvalImages, EvalImages)."""
     paths = train_path or cfg.evaluation.train_path, test_path or cfg.evaluation.test_path
     if not all(paths):
-        raise UserError(
-            "no labelled images: give --train and --test, or evaluation.train_path and evaluation.test_path"
-        )
+        raise UserError("no labelled images: give --train and --test, or evaluation.train_path and test_path")
     size = cfg.evaluation.image_size or cfg.crops.global_crops_size
     resize = cfg.evaluation.resize_size or size
     bank, queries = (EvalImages(open_source(p), size, resize, limit) for p in paths)
@@ -101,28 +99,75 @@ def eval_sets(cfg, train_path="", test_path="", limit=0):
             raise UserError(f"{path} has no labels (sub-folders, .cls files): k-NN needs labelled images")
     names = bank.dataset.classes, queries.dataset.classes
     if None not in names and names[0] != names[1]:  # labels are numbers in the order of the names
-        odd = sorted(set(names[0]) ^ set(names[1]))[:3]
-        raise UserError(
-            f"{paths[0]} and {paths[1]} do not have the same classes: {', '.join(odd)} is in one alone"
-        )
+        odd = ", ".join(sorted(set(names[0]) ^ set(names[1]))[:3])
+        raise UserError(f"{paths[0]} and {paths[1]} do not have the same classes: {odd} is in one alone")
     return bank, queries
 
 
+class Judge:
+    """k-NN of the teacher, on the way and at the end with baselines; silent without labelled images."""
+
+    def __init__(self, cfg, t):
+        self.cfg, self.sets, self.online, e = cfg, None, None, cfg.evaluation
+        self.wanted = bool(e.train_path and e.test_path)  # known to all ranks; the images only to rank 0
+        self.period = e.eval_period_iterations if self.wanted else 0
+        if self.wanted and rank() == 0:
+            self.sets = self.online = eval_sets(cfg)
+            if e.online_limit:
+                self.online = eval_sets(cfg, limit=e.online_limit)
+
+    def knn(self, backbone, sets):
+        """-> top-1 accuracy, or None on the ranks (and in the runs) that do not evaluate."""
+        if sets is None:
+            return None
+        e = self.cfg.evaluation
+        how = dict(ks=(e.knn_k,), batch_size=e.batch_size, num_workers=self.cfg.train.num_workers)
+        return max(knn_backbone(backbone, *sets, **how).values())
+
+    def final(self, teacher):
+        """The numbers of result.json."""
+        if self.sets is None:
+            return {}
+        (bank, queries), e = self.sets, self.cfg.evaluation
+        torch.manual_seed(self.cfg.train.seed)  # the baseline: the same network, untrained
+        self.random = VisionTransformer(**teacher.arch, init_std=self.cfg.student.init_std)
+        self.random.to(teacher.norm.weight.device)
+        result = dict(knn_top1=self.knn(teacher, self.sets), knn_random_init=self.knn(self.random, self.sets),
+                      knn_pixels=max(knn_pixels(bank, queries, ks=(e.knn_k,)).values()),
+                      chance=chance(pixels(queries, side=1)[1]))  # fmt: skip
+        if hasattr(queries.dataset, "scene"):  # the embedded data knows what is object and what is background
+            result["fg_miou"] = foreground_miou(teacher, queries.dataset, queries.size)
+            result["fg_miou_random_init"] = foreground_miou(self.random, queries.dataset, queries.size)
+        return result
+
+    def picture(self, teacher, path):
+        """pca.png: some of the query images, as the teacher and a random network see them."""
+        if self.sets is not None:
+            queries = self.sets[1]
+            sample = large_sample(queries.dataset, queries.size, queries.resize, 8)
+            pca_sheet([teacher, self.random], sample).save(path)
+
+
+def table(result):
+    """The last lines on the console."""
+    rows = [("k-NN top-1", "knn_top1", "knn_random_init", "knn_pixels", "chance"),
+            ("foreground mIoU", "fg_miou", "fg_miou_random_init")]  # fmt: skip
+    rows = [(name, [f"{result[k]:.3f}" for k in keys]) for name, *keys in rows if keys[0] in result]
+    head = [("", ["trained", "random init", "raw pixels", "chance"])] if rows else []
+    lines = [f"{name:16s}" + "".join(f"{cell:>13s}" for cell in cells) for name, cells in head + rows]
+    steps, seconds, rate = (result[k] for k in ("steps", "train_seconds", "images_per_second"))
+    return "\n".join([*lines, f"{steps} steps in {seconds:.0f} s, {rate:.0f} images/s"])
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("weights", help="a run folder, a teacher.pth or a released .pth")
-    parser.add_argument(
-        "--train", default="", help="the labelled bank, e.g. folder:/data/train (default: the run's own)"
-    )
-    parser.add_argument("--test", default="", help="the labelled queries (default: the run's own)")
-    parser.add_argument(
-        "--image-size", type=int, default=0, help="side of the square the network sees, in pixels"
-    )
-    parser.add_argument(
-        "--limit", type=int, default=0, help="use only so many images of each set, evenly spread"
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("weights", help="a run folder, a teacher.pth or a released .pth")
+    add("--train", default="", help="the labelled bank, e.g. folder:/data/train (default: the run's own)")
+    add("--test", default="", help="the labelled queries (default: the run's own)")
+    add("--image-size", type=int, default=0, help="side of the square the network sees, in pixels")
+    add("--limit", type=int, default=0, help="use only so many images of each set, evenly spread")
     args = parser.parse_args()
     backbone = load_backbone(args.weights)
     own = (Path(args.weights) if Path(args.weights).is_dir() else Path(args.weights).parent) / "config.yaml"

@@ -62,9 +62,8 @@ def batches(images, batch_size=256, num_workers=0):
     def collate(items):
         items = [x for x in items if x is not None]
         if not items:
-            return torch.empty(0, 3, images.size, images.size, dtype=torch.uint8), torch.empty(
-                0, dtype=torch.long
-            )
+            none = torch.empty(0, 3, images.size, images.size, dtype=torch.uint8)
+            return none, torch.empty(0, dtype=torch.long)
         return torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
 
     return DataLoader(images, batch_size, collate_fn=collate, num_workers=num_workers)

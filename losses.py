@@ -40,10 +40,6 @@ class Centering(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(1, K))
-        self.reset()
-
-    def reset(self):
-        """Forget what was collected since the last update (a step that is not taken must leave no trace)."""
         self.total, self.count = 0, 0
 
     @torch.no_grad()
@@ -56,16 +52,14 @@ class Centering(nn.Module):
         return F.softmax((logits.float() - self.center) / tau, dim=-1)
 
     @torch.no_grad()
-    def update(self):
-        """c <- m c + (1 - m) mean(z); with no rows at all (no patch was masked anywhere), c stays."""
-        packed = F.pad(
-            torch.zeros_like(self.center) + self.total, (0, 1), value=self.count
-        )  # sums and count travel together
-        packed = all_reduce(packed)
+    def update(self, lost=0.0):
+        """c <- m c + (1 - m) mean(z); c stays if the step is `lost` (1), or no patch was masked anywhere."""
+        sums = torch.zeros_like(self.center) + self.total
+        packed = all_reduce(F.pad(sums, (0, 1), value=self.count))  # sums and count travel together
         mean = packed[:, :-1] / packed[:, -1:].clamp(min=1)
         moved = self.center * self.momentum + mean * (1 - self.momentum)
-        self.center.copy_(torch.where(packed[:, -1:] > 0, moved, self.center))
-        self.reset()
+        self.center.copy_(torch.where(packed[:, -1:] * (1 - lost) > 0, moved, self.center))
+        self.total, self.count = 0, 0
 
 
 @torch.no_grad()
@@ -81,9 +75,7 @@ def sinkhorn_knopp(logits, tau, iterations=3, lazy=False):
         return sinkhorn_targets(logits, tau, iterations)
     logits = logits.float() / tau
     floor = logits.new_full((1, logits.shape[1]), -torch.inf)
-    largest = torch.cat([logits, floor]).amax(
-        dim=0, keepdim=True
-    )  # per prototype; a rank may have no rows at all
+    largest = torch.cat([logits, floor]).amax(dim=0, keepdim=True)  # of a prototype; there may be no rows
     # A factor per column cancels in the first division; without it exp overflows as soon as z > 88 tau.
     Q = torch.exp(logits - all_reduce(largest, "max"))
     for _ in range(iterations):

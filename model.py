@@ -13,6 +13,7 @@ masked patches, L local crops, T tokens of all crops together. A ViT-B/16 with 4
 224 -> 196 patches -> 201 tokens x 768 -> cls 768, registers 4 x 768, patches 196 x 768 -> head 65,536.
 """
 
+import hashlib
 import math
 import zipfile
 from pathlib import Path
@@ -23,18 +24,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from config import UserError
+from distributed import fill
 from kernels.attention import attention, reference
 
 SIZES = {  # DINOv2 Table 17 (which prints 18 blocks for B: a misprint, code and weights have 12)
-    "vit_laptop": dict(
-        embed_dim=96, depth=4, num_heads=3
-    ),  # ours: learns something in five minutes on two CPU cores
+    "vit_laptop": dict(embed_dim=96, depth=4, num_heads=3),  # ours: five minutes on two CPU cores
     "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
     "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
     "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),
-    "vit_giant2": dict(
-        embed_dim=1536, depth=40, num_heads=24
-    ),  # 24 heads of 64, not 16 of 88: kernels like 64
+    "vit_giant2": dict(embed_dim=1536, depth=40, num_heads=24),  # not 16 heads of 88: kernels like 64
 }
 
 
@@ -174,9 +172,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, embed_dim, depth, num_heads, *, patch_size=14, img_size=518, num_register_tokens=0,
                  ffn_layer="mlp", layerscale=1e-5, interpolate_antialias=False, interpolate_offset=0.1,
                  drop_path_rate=0.0, drop_path_uniform=True, init_std=0.02):  # fmt: skip
-        self.arch = dict(
-            list(locals().items())[1:11]
-        )  # what a weights file must say of itself: embed_dim ... offset
+        self.arch = dict(list(locals().items())[1:11])  # embed_dim ... offset: what a weights file must say
         super().__init__()
         self.embed_dim, self.patch_size, self.num_register_tokens = embed_dim, patch_size, num_register_tokens
         self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
@@ -190,24 +186,7 @@ class VisionTransformer(nn.Module):
         rates = [drop_path_rate * share for share in ramp]
         self.blocks = nn.ModuleList([Block(embed_dim, num_heads, ffn_layer, layerscale, r) for r in rates])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.init_weights(init_std)
-
-    def init_weights(self, std):
-        """The authors', for std 0.02: truncated normals, tokens almost zero; the convolution as PyTorch's."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        if self.num_register_tokens:
-            nn.init.normal_(self.register_tokens, std=1e-6)
-        nn.init.zeros_(self.mask_token)
-        self.patch_embed.proj.reset_parameters()
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=std)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, LayerScale):
-                nn.init.constant_(module.gamma, module.init)
+        init_weights(self, init_std)
 
     def interpolate_pos_embed(self, h, w):
         """The position embedding for a grid of h x w patches: (1, 1 + h w, D), bicubic, in fp32."""
@@ -264,10 +243,8 @@ class VisionTransformer(nn.Module):
     def split(self, x, groups):
         """(T, D) -> Tokens per group."""
         R = self.num_register_tokens
-        parts = [
-            part.view(b, n, -1)
-            for part, (b, n) in zip(x.split([b * n for b, n in groups]), groups, strict=True)
-        ]
+        parts = x.split([b * n for b, n in groups])
+        parts = [part.view(b, n, -1) for part, (b, n) in zip(parts, groups, strict=True)]
         return [Tokens(part[:, 0], part[:, 1 : 1 + R], part[:, 1 + R :]) for part in parts]
 
     def attention_maps(self, images, layer=-1):
@@ -312,24 +289,14 @@ class WeightNormLinear(nn.Module):
 class DINOHead(nn.Module):
     """Features (M, D) -> logits (M, K): an MLP, then the cosine with each prototype, times its length."""
 
-    def __init__(self, in_dim, out_dim, nlayers=3, hidden_dim=2048, bottleneck_dim=256, freeze_g=False,
-                 init_std=0.02):  # fmt: skip
+    def __init__(self, in_dim, out_dim, nlayers=3, hidden_dim=2048, bottleneck_dim=256, freeze_g=False):
         super().__init__()
         dims = [in_dim] + [hidden_dim] * (nlayers - 1) + [bottleneck_dim]
         layers = [nn.Linear(a, b) for a, b in zip(dims, dims[1:], strict=False)]
         spaced = [m for layer in layers for m in (layer, nn.GELU())][:-1]  # GELU between, none after the last
         self.mlp = nn.Sequential(*spaced) if nlayers > 1 else layers[0]  # keys mlp.0/2/4.*, or mlp.* alone
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, freeze_g)
-        self.init_weights(init_std)
-
-    def init_weights(self, std):
-        for module in self.mlp.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=std)
-                nn.init.zeros_(module.bias)
-        bound = self.last_layer.weight_v.shape[1] ** -0.5  # nn.Linear's default, as in the authors' code
-        nn.init.uniform_(self.last_layer.weight_v, -bound, bound)
-        nn.init.ones_(self.last_layer.weight_g)
+        init_weights(self)
 
     def forward(self, x):
         x = self.mlp(x)
@@ -349,15 +316,14 @@ class DINOv2(nn.Module):
         self.backbone = VisionTransformer(
             **SIZES[s.arch], patch_size=s.patch_size, num_register_tokens=s.num_register_tokens,
             img_size=s.pos_embed_size or cfg.crops.global_crops_size,
-            ffn_layer=s.ffn_layer, layerscale=s.layerscale,
+            ffn_layer="mlp" if s.ffn_layer == "mlp" else "swiglu", layerscale=s.layerscale,
             interpolate_antialias=s.interpolate_antialias, interpolate_offset=s.interpolate_offset,
-            drop_path_rate=drop_path_rate, drop_path_uniform=s.drop_path_uniform,
-            init_std=s.init_std)  # fmt: skip
+            drop_path_rate=drop_path_rate, drop_path_uniform=s.drop_path_uniform)  # fmt: skip
         for name, c in (("dino_head", cfg.dino), ("ibot_head", cfg.ibot)):
             if name == "dino_head" or (cfg.ibot.separate_head and cfg.ibot.mask_sample_probability):
                 sizes = c.head_n_prototypes, c.head_nlayers, c.head_hidden_dim, c.head_bottleneck_dim
-                head = DINOHead(self.backbone.embed_dim, *sizes, cfg.dino.freeze_weight_g, s.init_std)
-                setattr(self, name, head)
+                setattr(self, name, DINOHead(self.backbone.embed_dim, *sizes, cfg.dino.freeze_weight_g))
+        init_weights(self, s.init_std)
 
     def heads(self, cls, masked_patches):
         """cls (n, D), masked_patches (M, D) -> logits (n, K), (M, K). A shared head runs once over both."""
@@ -366,11 +332,47 @@ class DINOv2(nn.Module):
         return self.dino_head(torch.cat([cls, masked_patches])).split([len(cls), len(masked_patches)])
 
 
+@torch.no_grad()
+def init_weights(model, std=0.02, seed=None):
+    """Draw every parameter from (seed, its name): the same numbers in any order and on any number of GPUs.
+
+    The authors' distributions, for std 0.02. `seed`: that of torch.manual_seed, unless given. One tensor at a
+    time is whole, on the CPU; nothing is drawn for a model on the meta device.
+    """
+    seed, rng = torch.initial_seed() if seed is None else seed, torch.Generator()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                continue
+            key = f"{path}.{name}".removeprefix("backbone").strip(".")  # the backbone alone draws the same
+            digest = hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest()
+            rng.manual_seed(int.from_bytes(digest))
+            fill(parameter, initial(module, name, parameter.shape, std, rng))
+
+
+def initial(module, name, shape, std, rng):
+    """The first value of one parameter: tokens almost zero, biases and the mask token zero, gains one."""
+    x = torch.zeros(shape)
+    if name == "pos_embed" or name == "weight" and isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(x, std=0.02 if name == "pos_embed" else std, generator=rng)
+    elif name in ("cls_token", "register_tokens"):
+        x.normal_(std=1e-6, generator=rng)
+    elif name == "weight_v" or isinstance(module, nn.Conv2d):  # as PyTorch's own linear and convolution
+        fan_in = (module.weight.shape if name == "bias" else shape)[1:].numel()
+        x.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=rng)
+    elif name == "weight_g" or name == "weight":  # of LayerNorm
+        x.fill_(1)
+    elif name == "gamma":
+        x.fill_(module.init)
+    return x
+
+
 # ---------------------------------------------------------------- weights from files
 
 
 def read_weights(path):
-    """A weights file, never running code from it -> {name: tensor} of the backbone, its own description."""
+    """A weights file, never running code from it -> the backbone's and the heads' tensors by name, and what
+    the file says of its architecture, if anything."""
     path = Path(path)
     if path.is_dir():
         path = path / "teacher.pth"
@@ -386,8 +388,8 @@ def read_weights(path):
     tensors, arch = content.get("teacher", content), content.get("arch") or {}
     if not isinstance(tensors, dict) or not all(torch.is_tensor(x) for x in tensors.values()):
         raise UserError(f"{path} holds other things than named tensors: it is no weights file")
-    backbone = {k.removeprefix("backbone."): v for k, v in tensors.items() if "head." not in k}
-    return backbone, arch
+    heads = {k: v for k, v in tensors.items() if "head." in k}
+    return {k.removeprefix("backbone."): v for k, v in tensors.items() if k not in heads}, heads, arch
 
 
 def architecture(tensors, arch, path):
@@ -411,7 +413,7 @@ def architecture(tensors, arch, path):
 
 def load_backbone(source):
     """A frozen backbone in eval mode from a run folder, a teacher.pth or a released .pth (always strict)."""
-    tensors, arch = read_weights(source)
+    tensors, _, arch = read_weights(source)
     backbone = VisionTransformer(**architecture(tensors, arch, source))
     expected = backbone.state_dict()
     wrong = [k for k in expected if k not in tensors or tensors[k].shape != expected[k].shape]
@@ -421,6 +423,29 @@ def load_backbone(source):
         raise UserError(f"{source} is not the {describe(backbone)} that it looks like; see {names}")
     backbone.load_state_dict(tensors, strict=True)
     return backbone.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def start_from(model, source):
+    """Fill a DINOv2 (sharded or not) from a run or weights file -> a sentence on what was taken.
+
+    The backbone must be the same; its position embedding is resized to the native grid here, as its own
+    `interpolate_pos_embed` would. Heads are taken where there are any of the same sizes. Raises UserError.
+    """
+    loaded, heads = load_backbone(source), read_weights(source)[1]
+    there, here = ({**b.arch, "layerscale": b.arch["layerscale"] > 0} for b in (loaded, model.backbone))
+    old, new = there.pop("img_size") // there["patch_size"], here.pop("img_size") // here["patch_size"]
+    if differ := [f"{k} is {there[k]} there, {here[k]} here" for k in there if there[k] != here[k]]:
+        raise UserError(f"{source} holds another backbone ({'; '.join(differ)}): change student.* or --model")
+    tensors = {f"backbone.{k}": v for k, v in loaded.state_dict().items()}
+    tensors["backbone.pos_embed"] = loaded.interpolate_pos_embed(new, new)
+    ours = {k: v for k, v in model.named_parameters() if "head." in k}
+    fit = {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in heads.items()}
+    for name, parameter in model.named_parameters():
+        if name not in ours or fit:
+            fill(parameter, heads[name] if name in ours else tensors[name])
+    grid = f", its positions resized from {old} x {old} to {new} x {new}" if old != new else ""
+    return f"backbone of {source}{grid}; heads {'of the same' if fit else 'drawn anew'}"
 
 
 def describe(backbone):

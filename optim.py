@@ -14,7 +14,7 @@ from distributed import local, whole
 
 
 def multipliers(name, depth, layerwise_decay, patch_embed_lr_mult):
-    """(lr multiplier, weight-decay multiplier, is it the head's last layer?) of one parameter, by its name.
+    """(lr multiplier, weight-decay multiplier, which schedule its lr follows) of one parameter, by its name.
 
     Early layers learn more slowly: tokens and patch embedding d^(n+1), block i d^(n-i), final norm and heads
     1. The patch embedding gets another factor of 0.2. No decay on biases, norms and LayerScale, and on
@@ -32,7 +32,8 @@ def multipliers(name, depth, layerwise_decay, patch_embed_lr_mult):
         lr *= patch_embed_lr_mult
     if name.endswith(".bias") or "norm" in name or "gamma" in name:
         wd = 0.0
-    return lr, wd, "last_layer" in name
+    part = "last_layer_lr" if "last_layer" in name else "backbone_lr" if "backbone." in name else "lr"
+    return lr, wd, part
 
 
 def make_optimizer(student, cfg):
@@ -42,7 +43,7 @@ def make_optimizer(student, cfg):
         if parameter.requires_grad:
             key = multipliers(name, depth, o.layerwise_decay, o.patch_embed_lr_mult)
             groups.setdefault(key, []).append(parameter)
-    groups = [dict(params=p, lr_mult=lr, wd_mult=wd, last=last) for (lr, wd, last), p in groups.items()]
+    groups = [dict(params=p, lr_mult=lr, wd_mult=wd, rate=part) for (lr, wd, part), p in groups.items()]
     return torch.optim.AdamW(groups, lr=0.0, betas=(o.adamw_beta1, o.adamw_beta2), fused=True)
 
 
@@ -60,7 +61,7 @@ def cosine(step, start, end, total, warmup=0):
 
 
 def schedule(cfg, step, world_size=1):
-    """The five numbers of a step: lr, last_layer_lr, weight_decay, momentum, teacher_temp (Table 16)."""
+    """The numbers of a step: three learning rates, weight_decay, momentum, teacher_temp (Table 16)."""
     o, t, epoch = cfg.optim, cfg.teacher, cfg.train.OFFICIAL_EPOCH_LENGTH
     total = round(o.epochs * epoch)
     batch = cfg.train.batch_size_per_gpu * cfg.train.accumulate * world_size  # images of one step, not crops
@@ -71,6 +72,7 @@ def schedule(cfg, step, world_size=1):
     return dict(
         lr=lr,
         last_layer_lr=0.0 if step < o.freeze_last_layer_epochs * epoch else lr,
+        backbone_lr=0.0 if step < o.freeze_backbone_epochs * epoch else lr,
         weight_decay=cosine(step, o.weight_decay, o.weight_decay_end, total),
         momentum=cosine(step, t.momentum_teacher, t.final_momentum_teacher, total),
         teacher_temp=t.warmup_teacher_temp + (t.teacher_temp - t.warmup_teacher_temp) * progress,
@@ -80,7 +82,7 @@ def schedule(cfg, step, world_size=1):
 def set_rates(optimizer, now):
     """Write this step's learning rates and weight decay into the optimizer's groups."""
     for group in optimizer.param_groups:
-        group["lr"] = (now["last_layer_lr"] if group["last"] else now["lr"]) * group["lr_mult"]
+        group["lr"] = now[group["rate"]] * group["lr_mult"]
         group["weight_decay"] = now["weight_decay"] * group["wd_mult"]
 
 
@@ -91,8 +93,8 @@ def clip_gradients(student, max_norm):
 
 
 @torch.no_grad()
-def update_teacher(teacher, student, momentum):
-    """teacher <- m teacher + (1 - m) student, backbone and heads: one fused pass over all tensors."""
-    # Each rank moves its shard.
+def update_teacher(teacher, student, momentum, lost):
+    """teacher <- m teacher + (1 - m) student, backbone and heads: one call over all tensors, on each rank its
+    shards. `lost` (0-dim tensor): 1 leaves the teacher as it is, without asking the device."""
     mine = [[local(p) for p in model.parameters()] for model in (teacher, student)]
-    torch._foreach_lerp_(*mine, 1 - momentum)
+    torch._foreach_lerp_(*mine, [(1 - momentum) * (1 - lost)] * len(mine[0]))

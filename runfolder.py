@@ -66,9 +66,7 @@ class RunFolder:
         changed = "; ".join(differences(config, config_text)) if config.exists() else ""
         if config.exists() and not resume:
             other = f" with other settings ({changed})" if changed else ""
-            raise UserError(
-                f"{self.path} holds a run{other}: add --resume to go on, or choose another folder"
-            )
+            raise UserError(f"{self.path} holds a run{other}: add --resume to go on, or choose another")
         if changed:
             print(f"note: the run goes on with other settings: {changed}", file=sys.stderr)
         replace(config, config_text)

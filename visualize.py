@@ -65,22 +65,19 @@ def pca_sheet(backbones, images, side=128):
     sheet = Image.new("RGB", (n * (side + gap) - gap, len(rows) * (side + gap) - gap), "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            sheet.paste(
-                Image.fromarray(picture.permute(1, 2, 0).numpy()), (x * (side + gap), y * (side + gap))
-            )
+            tile = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            sheet.paste(tile, (x * (side + gap), y * (side + gap)))
     return sheet
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", help="a run folder")
-    parser.add_argument(
-        "--data", default="", help="images, e.g. folder:/photos (default: the run's evaluation images)"
-    )
-    parser.add_argument("--out", default="pca.png")
-    parser.add_argument("--count", type=int, default=8, help="how many images, evenly spread")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("run", help="a run folder")
+    add("--data", default="", help="images, e.g. folder:/photos (default: the run's evaluation images)")
+    add("--out", default="pca.png")
+    add("--count", type=int, default=8, help="how many images, evenly spread")
     args = parser.parse_args()
     cfg = config.load(file=Path(args.run) / "config.yaml")
     size = cfg.evaluation.image_size or cfg.crops.global_crops_size

@@ -1,5 +1,6 @@
 """Sources, decoding, sampler and loader: bad input of every kind, the same data however it is computed."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -473,3 +474,41 @@ def test_small_images_stay_decoded(tmp_path):
 def test_to_tensor():
     image = plain(size=(5, 3))
     assert to_tensor(image).shape == (3, 3, 5) and to_tensor(image)[:, 1, 2].tolist() == list(RED)
+
+
+class Streams:
+    """Writes down what a GPU's streams would be told."""
+
+    def __init__(self):
+        self.said, self.on = [], "main"
+        outer = self
+
+        class Stream:
+            def __init__(self, name="side"):
+                self.name = name
+
+            def wait_stream(self, other):
+                outer.said.append(f"{self.name} waits for {other.name}")
+
+        self.Stream, self.current_stream = Stream, lambda: Stream("main")
+
+    @contextlib.contextmanager
+    def stream(self, side):
+        self.on = side.name
+        yield
+        self.on = "main"
+
+
+def test_the_next_batch_travels_beside_the_step(monkeypatch):
+    """Batch k + 1 is asked for in the side stream before batch k is used; the streams wait for each other."""
+    streams = Streams()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
+    real = data.on_device
+    monkeypatch.setattr(data, "on_device",
+                        lambda *a: streams.said.append(f"load on {streams.on}") or real(*a))  # fmt: skip
+    loader = data.make_loader(config.load(model="debug"), data.open_source("scenes:20"), "cpu")
+    waits = ["main waits for side", "side waits for main"]
+    next(loader)
+    assert streams.said == 2 * [*waits, "load on side"]
+    next(loader)
+    assert streams.said == 3 * [*waits, "load on side"] and streams.on == "main"

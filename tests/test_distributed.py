@@ -19,7 +19,7 @@ def test_alone_everything_is_a_no_op():
     assert distributed.rank() == 0 and distributed.world_size() == 1
     tensor = torch.ones(3)
     assert distributed.all_reduce(tensor) is tensor and distributed.all_reduce(tensor, "max").sum() == 3
-    assert distributed.agree(True) is True and distributed.agree(0) is False
+    assert distributed.tally(3, True, False) == [3, 1, 0]
     assert distributed.from_first("x") == "x"
     distributed.end()
 
@@ -40,7 +40,7 @@ def main():
     assert distributed.world_size() == 2
     assert distributed.all_reduce(torch.tensor([1.0 + r])).item() == 3
     assert distributed.all_reduce(torch.tensor([1.0 + r]), "max").item() == 2
-    assert distributed.agree(r == 1) and not distributed.agree(False)
+    assert distributed.tally(2, r == 1, False) == [4, 1, 0]
     assert distributed.from_first(f"rank {r}") == "rank 0"
     # names chosen on each rank may differ: rank 0's counts
     run = runfolder.RunFolder(f"{sys.argv[1]}/run{r}", config.Config().to_yaml())
@@ -49,7 +49,7 @@ def main():
     run.log({"step": r})
     if r == 1:  # one rank is told to stop, all know
         os.kill(os.getpid(), signal.SIGTERM)
-    assert distributed.agree(run.stop_requested)
+    assert distributed.tally(bool(run.stop_requested)) == [1]
     run.close()
     try:
         runfolder.RunFolder(sys.argv[1], "")  # has a stranger in it: all ranks refuse, none waits

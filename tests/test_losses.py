@@ -181,14 +181,14 @@ def test_sinkhorn_balances():
     close(sinkhorn_knopp(z, 0.05).sum(1), torch.ones(512))
 
 
-def test_centre_stays_without_rows_and_after_reset():
+def test_centre_stays_without_rows_and_in_a_lost_step():
     c = Centering(4)
     c.center += 1
     c.update()
     assert (c.center == 1).all()
-    c.targets(torch.randn(3, 4), 0.1)
-    c.reset()
-    c.update()
+    c.targets(torch.full((3, 4), torch.nan), 0.1)
+    c.update(lost=torch.ones(()))
+    c.update()  # and what was collected is forgotten
     assert (c.center == 1).all()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import config
-from model import DINOv2
+from model import DINOv2, init_weights
 from optim import clip_gradients, make_optimizer, multipliers, schedule, set_rates, update_teacher
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,8 +40,12 @@ def test_multipliers(ffn):
     groups = json.loads((GOLDEN / "h_param_groups.json").read_text())
     for part in (f"backbone_unchunked_{ffn}", "dino_head"):
         for name, want in groups[part].items():
-            lr, wd, last = multipliers(name, 3, 0.9, 0.2)
-            assert (lr, wd, last) == (pytest.approx(want["lr"]), want["wd"], want["last"]), name
+            lr, wd, rate = multipliers(name, 3, 0.9, 0.2)
+            assert (lr, wd, rate == "last_layer_lr") == (
+                pytest.approx(want["lr"]),
+                want["wd"],
+                want["last"],
+            ), name
 
 
 def small(*overrides):
@@ -54,7 +58,7 @@ def test_every_parameter_is_in_one_group_and_rates_are_set():
     optimizer = make_optimizer(student, cfg)
     ids = [id(p) for g in optimizer.param_groups for p in g["params"]]
     assert sorted(ids) == sorted(id(p) for p in student.parameters())
-    set_rates(optimizer, dict(lr=1.0, last_layer_lr=0.0, weight_decay=0.5))
+    set_rates(optimizer, dict(lr=1.0, last_layer_lr=0.0, backbone_lr=1.0, weight_decay=0.5))
     of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     assert of[id(student.dino_head.last_layer.weight_v)]["lr"] == 0
     assert (
@@ -77,13 +81,16 @@ def test_frozen_prototype_lengths_stay_out_of_the_optimizer():
 def test_teacher_moves_by_one_minus_m():
     cfg = small()
     student, teacher = DINOv2(cfg), DINOv2(cfg)
-    before = [p.clone() for p in teacher.parameters()]
-    update_teacher(teacher, student, 0.9)
+    init_weights(teacher, seed=1)
+    before, no = [p.clone() for p in teacher.parameters()], torch.zeros(())
+    update_teacher(teacher, student, 0.9, lost=1 - no)
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), before, strict=True))
+    update_teacher(teacher, student, 0.9, no)
     for t, old, s in zip(teacher.parameters(), before, student.parameters(), strict=True):
         torch.testing.assert_close(t, 0.9 * old + 0.1 * s)
         assert t.grad is None and t.data_ptr() != s.data_ptr()
     now = [p.clone() for p in teacher.parameters()]
-    update_teacher(teacher, student, 1.0)
+    update_teacher(teacher, student, 1.0, no)
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), now, strict=True))
 
 

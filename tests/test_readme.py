@@ -82,7 +82,7 @@ def test_every_logged_scalar_is_in_the_glossary(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = {k for row in rows for k in row}
     # the schedules, named as in the config
-    rates = {"lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp"}
+    rates = {"lr", "last_layer_lr", "backbone_lr", "weight_decay", "momentum", "teacher_temp"}
     assert logged - rates - {"step"} <= glossary
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_model import close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import config
 import train
@@ -127,16 +128,46 @@ def test_teacher_is_a_copy_that_moves():
 def test_a_step_that_is_not_finite_moves_nothing(bad, mode):
     cfg = small(f"train.centering={mode}")
     t, _ = take_steps(cfg)
-    before = [
-        v.clone()
-        for v in (*t.student.state_dict().values(), *t.teacher.state_dict().values(), t.dino_center.center)
-    ]
+
+    def everything():
+        moments = [x for state in t.optimizer.state.values() for x in state.values()]
+        return [
+            *t.student.state_dict().values(),
+            *t.teacher.state_dict().values(),
+            t.dino_center.center,
+            *moments,
+        ]
+
+    before = [v.clone() for v in everything()]
     batch = random_batch(cfg)
     batch["globals"][3, 0, 0, 0] = bad
     assert train.train_step(t, [batch], schedule(cfg, 150), cfg)["skipped"] == 1
-    after = [*t.student.state_dict().values(), *t.teacher.state_dict().values(), t.dino_center.center]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
     assert train.train_step(t, [random_batch(cfg)], schedule(cfg, 150), cfg)["skipped"] == 0
+
+
+class NoQuestions(TorchDispatchMode):
+    """Fails when the host asks the device for a number, or for a shape that depends on numbers."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op.overloadpacket.__name__ not in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "equal",
+        ), op
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["centering", "sinkhorn_knopp"])
+def test_the_host_runs_ahead_of_the_device(mode):
+    cfg = small(f"train.centering={mode}", "student.drop_path_rate=0.2")
+    t, _ = take_steps(cfg)
+    batch = random_batch(cfg)
+    with NoQuestions():
+        metrics = train.train_step(t, [batch], schedule(cfg, 1), cfg)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoQuestions():
+        metrics["loss"].item()
 
 
 def test_accumulation_moves_teacher_and_centre_once():

@@ -202,6 +202,19 @@ def test_skipped_steps_are_named_and_stop_the_run(tmp_path, monkeypatch):
     assert named == [[24, 31], [32, 39], [40, 47]]
 
 
+def test_profile_tells_where_a_step_goes(tmp_path, capsys):
+    assert train.main(["--model", "debug", "--profile", "evaluation.train_path=", "evaluation.test_path=",
+                       "--output-dir", str(tmp_path / "run")]) == 0  # fmt: skip
+    text = (tmp_path / "run" / "profile.txt").read_text()
+    assert text in capsys.readouterr().out
+    rows = {line[:16].strip(): float(line[16:].split()[0]) for line in text.splitlines()[1:]}
+    parts = {"data wait", "teacher forward", "student forward", "losses", "backward", "optimizer", "EMA"}
+    assert set(rows) == parts | {"checkpoint", "the rest", "a step"}
+    assert sum(rows.values()) == pytest.approx(2 * rows["a step"], rel=0.01) and rows["backward"] > 0
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert parts <= {e.get("name") for e in events} and not train.PARTS
+
+
 BAD = {
     "optim.base_lt=1": "optim.base_lr",
     "optim.epochs=many": "optim.epochs",
