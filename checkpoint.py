@@ -76,7 +76,7 @@ class Writer:
         """In the background -> None or the reason. DCP tells every rank of a failure on any."""
         reason = attempt(tensors_written)
         if rank() == 0:
-            reason = reason or attempt(end) or (attempt(write_teacher, *teacher) if teacher else None)
+            reason = reason or (attempt(write_teacher, *teacher) if teacher else None) or attempt(end)
             shutil.rmtree(temporary, ignore_errors=True)  # renamed by now, unless something failed
         return reason
 
@@ -107,7 +107,8 @@ def attempt(function, *args):
 
 def prepare(temporary):
     if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a save that was killed
+        for rest in (*temporary.parent.glob(".step_*.partial"), *temporary.parent.glob(".step_*.old")):
+            shutil.rmtree(rest, ignore_errors=True)  # left by saves that were killed
         temporary.mkdir(parents=True)
 
 

@@ -7,6 +7,7 @@ travel between GPUs (NCCL), so a stop signal or a decision of rank 0 costs no GP
 """
 
 import os
+import sys
 import warnings
 from datetime import timedelta
 from functools import partial
@@ -25,6 +26,10 @@ def init(wish="auto"):
     """Join the process group, if torchrun made one. `wish`: auto, cpu or cuda -> this process's
     torch.device."""
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    shared, restarts = (os.environ.get(f"TORCHELASTIC_{x}", "0") for x in ("USE_AGENT_STORE", "MAX_RESTARTS"))
+    if shared == "True" and int(restarts) and os.environ.get("RANK", "0") == "0":
+        say = "note: torchrun's --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (docs/faults.md)"
+        print(say, file=sys.stderr)
     if wish == "cuda" and not gpus:
         raise UserError("speed.device is cuda, but PyTorch sees no GPU: take cpu, or a CUDA build")
     device = torch.device("cuda", local) if gpus and wish != "cpu" else torch.device("cpu")

@@ -89,23 +89,22 @@ class RunFolder:
 
     def log(self, row):
         """Append one flat dict to metrics.jsonl."""
-        if rank() == 0:
+        if rank() > 0:
+            return
+        try:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(as_json(row) + "\n")
+        except OSError as e:
+            raise UserError(
+                f"no room for {self.path}/metrics.jsonl ({e}): make some, then --resume"
+            ) from None
 
     def rewind(self, step):
-        """Drop the rows of steps after `step`, which will come again, and any line that a crash tore."""
-        kept, torn, file = [], 0, self.path / "metrics.jsonl"
-        if rank() > 0 or not file.exists():
-            return
-        for line in file.read_bytes().splitlines():
-            try:
-                kept += [line.decode() + "\n"] if json.loads(line).get("step", 0) <= step else []
-            except (ValueError, AttributeError, TypeError):
-                torn += 1
-        replace(file, "".join(kept))
-        if torn:
-            print(f"note: {torn} torn line(s) removed from {file}", file=sys.stderr)
+        """Drop the rows of steps after `step`, which will come again, any torn line, and old results."""
+        if rank() == 0:
+            (self.path / "result.json").unlink(missing_ok=True)
+            mend(self.path / "metrics.jsonl", step)
+        mend(self.path / f"bad_images_rank{rank()}.jsonl", step)
 
     def result(self, numbers):
         """Write result.json: the run is done."""
@@ -127,6 +126,20 @@ class RunFolder:
             signal.signal(number, handler)
         if self.lock:
             self.lock.close()
+
+
+def mend(file, step):
+    """Keep the whole lines of a .jsonl file up to `step`."""
+    kept, torn = [], 0
+    for line in file.read_bytes().splitlines() if file.exists() else ():
+        try:
+            kept += [line.decode() + "\n"] if json.loads(line).get("step", 0) <= step else []
+        except (ValueError, AttributeError, TypeError):
+            torn += 1
+    if file.exists():
+        replace(file, "".join(kept))
+    if torn:
+        print(f"note: {torn} torn line(s) removed from {file}", file=sys.stderr)
 
 
 def differences(path, config_text):

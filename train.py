@@ -195,7 +195,8 @@ def compute_dtype(cfg, device):
     """fp32, bf16 or fp16 for the matrix products; `auto` is bf16 on a GPU that has it, else fp32."""
     wish = cfg.compute_precision.dtype
     if wish == "auto":
-        has_bf16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+        cuda = torch.device(device).type == "cuda"
+        has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         wish = "bf16" if has_bf16 else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wish]
 
@@ -276,7 +277,7 @@ class Watch:
         """Write down the images that did not decode (`total` of all ranks); stop when they are too many."""
         if bad:
             with open(self.run.path / f"bad_images_rank{dist.rank()}.jsonl", "a") as f:
-                f.writelines(json.dumps(dict(step=step, path=str(p), reason=r)) + "\n" for p, r in bad)
+                f.writelines(json.dumps(dict(step=step + 1, path=str(p), reason=r)) + "\n" for p, r in bad)
         self.bad, self.images = self.bad + total, self.images + self.per_step
         limit, file = self.cfg.train.max_bad_images, self.run.path / "bad_images_rank*.jsonl"
         if self.bad > limit * max(self.images, 1000):
