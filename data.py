@@ -8,6 +8,7 @@ decode, cut and resize; colour, blur and solarize run in batches where the model
     python data.py --bench     # images/s of one core, beside the same arithmetic in Pillow, image by image
 """
 
+import functools
 import hashlib
 import io
 import itertools
@@ -368,16 +369,23 @@ torch.empty(31 << 20, dtype=torch.uint8)
 
 def normalize(x):
     """uint8, or float in 0..1, (n, 3, h, w) -> float32 less ImageNet's mean, over its standard deviation."""
-    return ((x / 255 if x.dtype == torch.uint8 else x) - MEAN.to(x.device)).div_(STD.to(x.device))
+    mean, std = statistics(x.device)
+    return ((x / 255 if x.dtype == torch.uint8 else x) - mean).div_(std)
+
+
+@functools.cache
+def statistics(device):  # they travel once: a small blocking copy per batch would stop the host
+    return MEAN.to(device), STD.to(device)
 
 
 def photometric(crops, params):
     """uint8 (n, 3, h, w) on any device, params (n, 11) of `draw` on the CPU -> normalised float32."""
     # A GPU, or small images, in one batch; a large image alone, which stays in a CPU's cache all the way.
     recolour = batched if crops.is_cuda or crops.shape[-1] < 64 else one_by_one
-    out, offset, scale = torch.empty(crops.shape, device=crops.device), -MEAN / STD, 1 / (255 * STD)
+    mean, std = statistics(crops.device)
+    out, offset, scale = torch.empty(crops.shape, device=crops.device), -mean / std, 1 / (255 * std)
     for here, x in recolour(crops, params):
-        torch.mul(x, scale.to(x.device), out=out[here]).add_(offset.to(x.device))  # addcmul is slower
+        torch.mul(x, scale, out=out[here]).add_(offset)  # addcmul is slower
     return out
 
 
@@ -391,14 +399,17 @@ def one_by_one(crops, params):
 
 
 def batched(crops, params):
-    values, rows = params.to(crops.device), params.numpy()
+    values, rows = params.to(crops.device, non_blocking=True), params.numpy()
     todo = [(rows[:, 4 + k] == turn, k, OPERATIONS[k]) for turn in range(4) for k in range(4)]
     todo += [(rows[:, k] > 0, k, OPERATIONS[k - 4]) for k in (8, 9, 10)]
     chunk = len(crops) if crops.is_cuda else 2**18 // crops[0].numel()  # 1 MB of floats: a CPU's cache again
     for here in (slice(start, start + chunk) for start in range(0, len(crops), chunk)):
         x = crops[here].to(torch.float32, memory_format=torch.contiguous_format)
-        for needed, column, operation in todo:
-            if len(who := torch.from_numpy(np.flatnonzero(needed[here])).to(x.device)):
+        groups = [np.flatnonzero(needed[here]) for needed, _, _ in todo]
+        index = torch.from_numpy(np.concatenate(groups))  # all in one copy, that the host does not wait for
+        index = (index.pin_memory() if x.is_cuda else index).to(x.device, non_blocking=True)
+        for who, (_, column, operation) in zip(index.split([len(group) for group in groups]), todo):
+            if len(who):
                 x[who] = operation(x[who], values[here][who, column, None, None, None])
         yield here, x
 

@@ -27,8 +27,7 @@ from kernels.prototypes import SoftTargets, sinkhorn_targets, soft_cross_entropy
 
 
 class Centering(nn.Module):
-    """Targets by sharpening and centering: p = softmax((z - c) / tau), c an EMA of the mean logit (DINO
-    section 3.1).
+    """Targets by sharpening and centering: p = softmax((z - c) / tau), c an EMA of the mean logit (DINO 3.1).
 
     Sharpening (a small tau) alone ends in one prototype for everything, centering alone in a uniform answer;
     together they balance. Step t uses the centre of the steps before t: `targets` only collects sums, and
@@ -64,8 +63,7 @@ class Centering(nn.Module):
 
 @torch.no_grad()
 def sinkhorn_knopp(logits, tau, iterations=3, lazy=False):
-    """Targets by balanced assignment: every prototype gets the same share of the batch (SwAV; DINOv2 section
-    4).
+    """Targets by balanced assignment: every prototype gets the same share of the batch (DINOv2 section 4).
 
     Q = exp(z / tau); then, three times: divide each column by its sum over all ranks, each row by its own
     sum. logits (n, K), n may differ between ranks -> probabilities (n, K), fp32: rows sum to 1, columns
@@ -80,8 +78,7 @@ def sinkhorn_knopp(logits, tau, iterations=3, lazy=False):
     Q = torch.exp(logits - all_reduce(largest, "max"))
     for _ in range(iterations):
         Q /= all_reduce(Q.sum(dim=0, keepdim=True))
-        # A row 88 tau below the best logit of *every* prototype underflows: no target, no loss, rather than
-        # NaN.
+        # A row 88 tau below the best logit of *every* prototype underflows: no target, no loss, no NaN.
         Q /= Q.sum(dim=1, keepdim=True).clamp(min=1e-30)
     return Q
 
@@ -106,9 +103,7 @@ def dino_loss(student_global, student_local, targets, student_temp=0.1):
     """
     L = 0 if student_local is None else len(student_local)
     pairs = 2 * L + 2
-    crossed = cross_entropy(
-        student_global, targets.flip(0), student_temp
-    )  # (2, B): crop 1 against target 2, and back
+    crossed = cross_entropy(student_global, targets.flip(0), student_temp)  # (2, B): 1 against 2, and back
     loss_global = crossed.mean(dim=1).sum() / pairs
     if not L:
         return torch.zeros_like(loss_global), loss_global
@@ -118,8 +113,7 @@ def dino_loss(student_global, student_local, targets, student_temp=0.1):
 
 
 def ibot_loss(student_logits, targets, weights, images, student_temp=0.1):
-    """A masked patch of the student must predict what the teacher, which sees everything, says there (iBOT
-    eq. 2).
+    """A masked patch of the student must predict what the teacher, who sees all, says there (iBOT eq. 2).
 
     student_logits and targets (M, K) of the masked patches, weights (M,) = 1 / (masked patches of the same
     crop), images = all 2 B global crops, masked or not -> scalar. Crops without a mask add nothing but count:
@@ -130,8 +124,7 @@ def ibot_loss(student_logits, targets, weights, images, student_temp=0.1):
 
 
 def koleo_loss(features, group=0):
-    """-mean log(distance to the nearest neighbour): spreads the images over the sphere (Sablayrolles 2019;
-    DINOv2 section 4).
+    """-mean log(distance to the nearest neighbour): spreads images apart (Sablayrolles 2019; DINOv2 4).
 
     features (B, D), student [CLS] before the head, of one global crop; neighbours are sought among `group`
     consecutive images (0: all B) -> scalar. Fewer than two images have no neighbour: 0. Distances are exact
@@ -139,9 +132,7 @@ def koleo_loss(features, group=0):
     and their gradient with it.
     """
     if min(len(features), group or len(features)) < 2:
-        return (
-            features.float().sum() * 0.0
-        )  # keeps the graph whole: every parameter still receives a gradient
+        return features.float().sum() * 0.0  # still a part of the graph: every parameter gets a gradient
     features = F.normalize(features.float(), dim=-1, eps=1e-8)
     x = features.view(-1, group or len(features), features.shape[-1])  # (groups, b, D)
     with torch.no_grad():  # which neighbour it is has no gradient, how far it is has
@@ -149,12 +140,8 @@ def koleo_loss(features, group=0):
         similarity.diagonal(dim1=1, dim2=2).fill_(-1)
         nearest = similarity.argmax(dim=-1)  # (groups, b)
     neighbours = torch.gather(x, 1, nearest.unsqueeze(-1).expand_as(x))
-    distance = (x - neighbours + 1e-8).norm(
-        dim=-1
-    )  # the 1e-8 keep duplicates finite: about -ln 1e-8 instead of inf
-    distance = torch.where(
-        distance < 1e-6, distance.detach(), distance
-    )  # and equal images have no direction to part in
+    distance = (x - neighbours + 1e-8).norm(dim=-1)  # duplicates stay finite: about -ln 1e-8 instead of inf
+    distance = torch.where(distance < 1e-6, distance.detach(), distance)  # and have no direction to part in
     return -torch.log(distance + 1e-8).mean()
 
 
@@ -163,8 +150,7 @@ def koleo_loss(features, group=0):
 
 @torch.no_grad()
 def diagnose(targets, student_logits, features, student_temp=0.1):
-    """The scalars that tell learning from collapse. targets, student_logits (n, K) of matching rows; features
-    (B, D).
+    """The scalars that tell learning from collapse. targets, student_logits (n, K), features (B, D).
 
     entropy: mean entropy of a target over ln K (0: one-hot, 1: uniform). entropy_mean: entropy of the mean
     target over ln K (how many prototypes are in use at all; near 0: one for everything). kl: student's
@@ -188,13 +174,9 @@ def diagnose(targets, student_logits, features, student_temp=0.1):
 def collapse(entropy, entropy_mean):
     """A plain sentence if the teacher's answers have collapsed, else None. Both entropies are over ln K."""
     if entropy_mean < 0.1:
-        return (
-            "collapsed to one-hot: every image gets one prototype, and the loss looks splendid; "
-            "try train.centering=sinkhorn_knopp, a higher teacher.teacher_temp, or a lower optim.base_lr"
-        )
+        return ("collapsed to one-hot: every image gets one prototype, and the loss looks splendid; "
+                "try train.centering=sinkhorn_knopp, a higher teacher_temp or a lower base_lr")  # fmt: skip
     if entropy > 0.99:
-        return (
-            "collapsed to uniform: the teacher has no opinion, and the loss sits at ln K; "
-            "try a lower teacher.teacher_temp, fewer prototypes, or a higher optim.base_lr"
-        )
+        return ("collapsed to uniform: the teacher has no opinion, and the loss sits at ln K; "
+                "try a lower teacher_temp, fewer prototypes, or a higher base_lr")  # fmt: skip
     return None
