@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from config import UserError
-from distributed import from_first, local, rank, whole, world_size
+from distributed import PATIENCE, from_first, local, rank, whole, world_size
 from model import VisionTransformer
 from runfolder import replace
 
@@ -53,8 +53,9 @@ class Writer:
     """
 
     def __init__(self):
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self.thread, self.saving, self.target = ThreadPoolExecutor(1), None, None
+        alone = not dist.is_initialized()
+        self.group = None if alone else dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.thread, self.saving, self.target, self.step = ThreadPoolExecutor(1), None, None, None
 
     def start(self, folder, step, state, meta=None, keep_last=3, keep_every=0, teacher=None):
         """Save as folder/step_XXXXXXXX; keep the newest `keep_last` and every `keep_every`-th step.
@@ -63,7 +64,7 @@ class Writer:
         plain values. teacher: rank 0's arguments for `write_teacher`. What fails, the next `wait` raises.
         """
         self.wait()
-        folder = Path(folder)
+        folder, self.step = Path(folder), step
         self.target, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
         if reason := from_first(attempt(prepare, temporary)):
             raise UserError(self.failure(reason))
@@ -118,11 +119,17 @@ def finish(temporary, target, meta, keep_last, keep_every):
     files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
     replace(temporary / "manifest.json", json.dumps({"files": files}, indent=1))
     fsync_folder(temporary)
+    files = {info.relative_path for info in Reader(temporary).read_metadata().storage_data.values()}
+    if missing := files - set(os.listdir(temporary)):
+        raise OSError(f"{min(missing)} is not there: all ranks must see the same folder")
+    old = target.with_name(f".{target.name}.old")
     if target.exists():  # the same step again, after a resume: a folder can't be renamed over another
-        discard(target)
+        os.replace(target, old)
     os.replace(temporary, target)
     fsync_folder(target.parent)
-    for path in steps(target.parent)[keep_last:]:
+    shutil.rmtree(old, ignore_errors=True)
+    mine = [path for path in steps(target.parent) if path.name <= target.name]  # later ones are damaged
+    for path in mine[keep_last:]:
         if not keep_every or int(path.name[5:]) % keep_every:
             discard(path)
 

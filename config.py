@@ -6,6 +6,7 @@ unchanged; one warning lists their keys without a meaning here. "ours" marks a s
     python config.py vitg14 optim.epochs=10     prints the resolved settings; the text loads again as it is
 """
 
+import errno
 import os
 import sys
 from contextlib import suppress
@@ -251,6 +252,11 @@ def run(main):
         code = e.code
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        code = 1
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        print(f"error: {e}: make room; a run goes on with --resume", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

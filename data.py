@@ -472,7 +472,12 @@ def make_loader(cfg, dataset, device, start_step=0, rank=0, world=1):
         streams.current_stream().wait_stream(side)
         side.wait_stream(streams.current_stream())
         with streams.stream(side):
-            batch, ahead = ahead, on_device(read(batches, crops), device)
+            try:
+                batch, ahead = ahead, on_device(read(batches, crops), device)
+            except UserError as e:  # of a batch that may never be needed: it waits for its turn
+                batch, ahead = ahead, e
+        if isinstance(batch, UserError):
+            raise batch
         if batch:
             yield batch
 

@@ -21,6 +21,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from config import UserError
 
+PATIENCE = timedelta(hours=2)  # the others wait while rank 0 evaluates, or writes a large checkpoint
+
 
 def init(wish="auto"):
     """Join the process group, if torchrun made one. `wish`: auto, cpu or cuda -> this process's
@@ -39,7 +41,7 @@ def init(wish="auto"):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while rank 0 evaluates
+        dist.init_process_group(backend, timeout=PATIENCE)
     return device
 
 

@@ -414,25 +414,31 @@ def architecture(tensors, arch, path):
 def load_backbone(source):
     """A frozen backbone in eval mode from a run folder, a teacher.pth or a released .pth (always strict)."""
     tensors, _, arch = read_weights(source)
-    backbone = VisionTransformer(**architecture(tensors, arch, source))
+    return build_backbone(tensors, arch, source)
+
+
+def build_backbone(tensors, arch, source):
+    with torch.device("meta"):  # no numbers are drawn, only to be overwritten
+        backbone = VisionTransformer(**architecture(tensors, arch, source))
     expected = backbone.state_dict()
     wrong = [k for k in expected if k not in tensors or tensors[k].shape != expected[k].shape]
     wrong += [k for k in tensors if k not in expected]
     if wrong:
         names = ", ".join(wrong[:3])
         raise UserError(f"{source} is not the {describe(backbone)} that it looks like; see {names}")
-    backbone.load_state_dict(tensors, strict=True)
+    backbone.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True, assign=True)
     return backbone.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def start_from(model, source):
-    """Fill a DINOv2 (sharded or not) from a run or weights file -> a sentence on what was taken.
+    """Fill a DINOv2 (sharded or not) from a run or weights file -> a sentence, and if heads were taken.
 
     The backbone must be the same; its position embedding is resized to the native grid here, as its own
     `interpolate_pos_embed` would. Heads are taken where there are any of the same sizes. Raises UserError.
     """
-    loaded, heads = load_backbone(source), read_weights(source)[1]
+    tensors, heads, arch = read_weights(source)
+    loaded = build_backbone(tensors, arch, source)
     there, here = ({**b.arch, "layerscale": b.arch["layerscale"] > 0} for b in (loaded, model.backbone))
     old, new = there.pop("img_size") // there["patch_size"], here.pop("img_size") // here["patch_size"]
     if differ := [f"{k} is {there[k]} there, {here[k]} here" for k in there if there[k] != here[k]]:
@@ -445,7 +451,7 @@ def start_from(model, source):
         if name not in ours or fit:
             fill(parameter, heads[name] if name in ours else tensors[name])
     grid = f", its positions resized from {old} x {old} to {new} x {new}" if old != new else ""
-    return f"backbone of {source}{grid}; heads {'of the same' if fit else 'drawn anew'}"
+    return f"backbone of {source}{grid}; heads {'of the same' if fit else 'drawn anew'}", fit
 
 
 def describe(backbone):

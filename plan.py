@@ -14,6 +14,7 @@ as the MFU that you believe in: none is measured yet.
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 
@@ -43,6 +44,9 @@ class Shape:
             sum(x.weight.numel() for x in mlp.children()) // self.D
         )  # rows of all matrices of the MLP
 
+    def size(self):
+        return sum(x.numel() for x in self.model.parameters())
+
     def tokens(self, crops):
         return sum(count * (1 + self.R + n) for count, n in crops)
 
@@ -63,13 +67,14 @@ class Shape:
         return 2 * (cls * size(dino) + patches * size(ibot))
 
 
-def flops(shape):
-    """-> FLOPs of one micro-batch on one GPU: {teacher, student, heads}."""
-    s, (globals_, _) = shape, shape.crops
+def flops(shape, teacher=None):
+    """-> FLOPs of one micro-batch on one GPU: {teacher, student, heads}; `teacher` when it is distilled."""
+    s, t, (globals_, _) = shape, teacher or shape, shape.crops
     embedding, blocks = s.backbone_flops(s.crops, s.keep)
-    teacher = sum(s.backbone_flops([globals_]))
-    heads = 3 * s.head_flops((2 + s.L) * s.B, s.M) + s.head_flops(2 * s.B, s.M)
-    return dict(teacher=teacher, student=2 * embedding + 3 * blocks, heads=heads)  # images need no gradient
+    heads = 3 * s.head_flops((2 + s.L) * s.B, s.M) + t.head_flops(2 * s.B, s.M)
+    return dict(
+        teacher=sum(t.backbone_flops([globals_])), student=2 * embedding + 3 * blocks, heads=heads
+    )  # images need no gradient
 
 
 def activations(shape, half, checkpointing):
@@ -88,9 +93,10 @@ def activations(shape, half, checkpointing):
     )
 
 
-def memory(shape, cfg, gpus, half):
-    """-> bytes on one GPU, by what they hold."""
-    s, P = shape, sum(x.numel() for x in shape.model.parameters())
+def memory(shape, cfg, gpus, half, teacher=None):
+    """-> bytes on one GPU, by what they hold. In distillation the student's average is there besides."""
+    s, P = shape, shape.size()
+    frozen = {"frozen teacher, fp32 shard": 4 * teacher.size() / gpus} if teacher else {}
     K, wide = cfg.dino.head_n_prototypes, 2 if half else 4
     Ki = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else K
     largest = max(
@@ -104,15 +110,16 @@ def memory(shape, cfg, gpus, half):
         "student, fp32 shard": 4 * P / gpus, "teacher, fp32 shard": 4 * P / gpus, "gradients": 4 * P / gpus,
         "AdamW": 8 * P / gpus, "gathered layers": 2 * wide * largest if gpus > 1 else wide * P * half,
         "activations": activations(s, half, cfg.speed.checkpointing), "logits and targets": cls + patches,
-        "images": sum(count * n * 3 * s.p**2 * 4 for count, n in s.crops),
+        "images": sum(count * n * 3 * s.p**2 * 4 for count, n in s.crops), **frozen,
     }  # fmt: skip
 
 
 def plan(cfg, gpus, mfu, tflops, memory_gb):
     """-> the lines to print."""
-    s, half = Shape(cfg), cfg.compute_precision.dtype != "fp32"
-    P, work = sum(x.numel() for x in s.model.parameters()), flops(s)
-    parts, total = memory(s, cfg, gpus, half), 0
+    s, half, run = Shape(cfg), cfg.compute_precision.dtype != "fp32", Path(cfg.train.distill_from)
+    teacher = Shape(config.load(run / "config.yaml")) if cfg.train.distill_from else None
+    P, work = s.size(), flops(s, teacher)
+    parts, total = memory(s, cfg, gpus, half, teacher), 0
     steps = round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
     images = s.B * gpus * cfg.train.accumulate
     step = cfg.train.accumulate * sum(work.values())
@@ -123,17 +130,18 @@ def plan(cfg, gpus, mfu, tflops, memory_gb):
     lines += [f"on each {s.tokens(s.crops):,} tokens of the student, and about {s.M:,} masked patches"]
     lines += ["", "memory of one GPU, GB"]
     for name, size in parts.items():
-        lines.append(f"  {name:22s}{size / 1e9:8.2f}")
+        lines.append(f"  {name:26s}{size / 1e9:8.2f}")
         total += size
     lines += [
-        f"  {'together':22s}{total / 1e9:8.2f}   of {memory_gb:g}",
+        f"  {'together':26s}{total / 1e9:8.2f}   of {memory_gb:g}",
         "",
         "work of one GPU in a step, TFLOP",
     ]
-    lines += [f"  {name:22s}{cfg.train.accumulate * w / 1e12:8.2f}" for name, w in work.items()]
+    lines += [f"  {name:26s}{cfg.train.accumulate * w / 1e12:8.2f}" for name, w in work.items()]
     lines += [f"  per image {step / (s.B * cfg.train.accumulate) / 1e9:,.1f} GFLOP"]
     if gpus > 1:  # gathered twice for the student and once for the teacher, then the gradients in fp32
-        traffic = cfg.train.accumulate * P * (gpus - 1) / gpus * (3 * (2 if half else 4) + 4)
+        gathered = 2 * P + (teacher or s).size()
+        traffic = cfg.train.accumulate * (gpus - 1) / gpus * (gathered * (2 if half else 4) + 4 * P)
         lines += [f"  traffic {traffic / 1e9:.1f} GB: {traffic / seconds / 1e9:.0f} GB/s at that speed"]
     hours = steps * seconds / 3600
     lines += ["", f"at {mfu:.0%} of {tflops:g} TFLOP/s: {seconds:.2f} s per step, {images / seconds:,.0f} "

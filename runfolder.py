@@ -79,10 +79,12 @@ class RunFolder:
         try:
             if fcntl:  # lockf, not flock: data-loading workers don't inherit it, and NFS knows it
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             self.lock.seek(0)
             holder = self.lock.read().strip() or "another process"
             raise UserError(f"{self.path} is in use by {holder}: stop it, or choose another folder") from None
+        except OSError as e:  # some network file systems have no locks
+            print(f"note: no lock on {self.path} ({e}): see that only one run writes there", file=sys.stderr)
         self.lock.truncate(0)
         self.lock.write(f"pid {os.getpid()} on {platform.node()}\n")
         self.lock.flush()

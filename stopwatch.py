@@ -54,6 +54,14 @@ class Profile:
             self.trace.export_chrome_trace(str(self.folder / "trace.json"))
             print(f"wrote profile.txt and trace.json to {self.folder}")
 
+    def close(self):
+        """The run has ended, perhaps too soon."""
+        if self.steps < WARM + TIMED + TRACED:
+            print(f"--profile needs {WARM + TIMED + TRACED} steps, this run took {self.steps}")
+            self.parts.clear()
+            if self.trace:
+                self.trace.stop()
+
     def table(self, ended):
         """-> the lines of the table, mean milliseconds and shares of a step."""
         if self.cuda:

@@ -64,7 +64,7 @@ class Trainee:
         for model in (self.student, self.ema):
             dist.shard(model, torch.device(device), self.dtype)
         init_weights(self.student, cfg.student.init_std, cfg.train.seed)
-        self.origin = start_from(self.student, cfg.train.init_from) if cfg.train.init_from else ""
+        self.origin = start_from(self.student, cfg.train.init_from)[0] if cfg.train.init_from else ""
         self.ema.load_state_dict(self.student.state_dict())  # an exact copy, in memory of its own
         self.teacher = frozen_teacher(cfg, device, self.dtype) if cfg.train.distill_from else self.ema
         self.dino_center = Centering(cfg.dino.head_n_prototypes).to(device)
@@ -207,16 +207,17 @@ def frozen_teacher(cfg, device, dtype):
     if not (folder / "config.yaml").is_file():
         raise UserError(f"train.distill_from: there is no run at {folder}, no {folder}/config.yaml")
     theirs = config.load(folder / "config.yaml")
-    sizes = [{"dino.head_n_prototypes": c.dino.head_n_prototypes, "ibot.separate_head": c.ibot.separate_head,
-              "ibot.head_n_prototypes": c.ibot.separate_head and c.ibot.head_n_prototypes,
-              "student.patch_size": c.student.patch_size} for c in (theirs, cfg)]  # fmt: skip
+    own = [c.ibot.separate_head and c.ibot.mask_sample_probability > 0 for c in (theirs, cfg)]
+    sizes = [{"dino.head_n_prototypes": c.dino.head_n_prototypes, "ibot.separate_head": head,
+              "ibot.head_n_prototypes": head and c.ibot.head_n_prototypes,
+              "student.patch_size": c.student.patch_size} for c, head in zip((theirs, cfg), own)]  # fmt: skip
     if differ := [f"{k} is {v} there, {sizes[1][k]} here" for k, v in sizes[0].items() if v != sizes[1][k]]:
         raise UserError(f"train.distill_from {folder} does not fit this run: {'; '.join(differ)}")
     with torch.device("meta"):
         teacher = DINOv2(theirs).eval().requires_grad_(False)
     dist.lighten(teacher.backbone.blocks, compiled=cfg.speed.compile)
     dist.shard(teacher, torch.device(device), dtype)
-    if "drawn anew" in start_from(teacher, folder):
+    if not start_from(teacher, folder)[1]:
         raise UserError(f"{folder}/teacher.pth lacks heads: distillation needs one that a run has written")
     return teacher
 
@@ -262,8 +263,8 @@ def free_folder(path, resume):
 class Watch:
     """What the loop tells a person: a bar or lines; bad images, lost steps, collapse."""
 
-    def __init__(self, run, cfg, t, steps, before):
-        self.run, self.cfg, self.steps = run, cfg, steps
+    def __init__(self, run, cfg, t, steps, before, writer):
+        self.run, self.cfg, self.steps, self.writer = run, cfg, steps, writer
         self.lost, self.suspicion, self.warned, self.knn = 0, 0, False, None
         self.per_step = cfg.train.batch_size_per_gpu * cfg.train.accumulate * dist.world_size()
         self.unread, self.since = [], time.monotonic()  # flags of steps since the last look, and its time
@@ -281,6 +282,7 @@ class Watch:
         self.bad, self.images = self.bad + total, self.images + self.per_step
         limit, file = self.cfg.train.max_bad_images, self.run.path / "bad_images_rank*.jsonl"
         if self.bad > limit * max(self.images, 1000):
+            self.writer.wait()  # what is being saved is still good
             raise UserError(f"{self.bad} of {self.images} images are unreadable, over train.max_bad_images "
                             f"({limit:.2%}): mend or remove those in {file}, or raise the limit")  # fmt: skip
 
@@ -328,7 +330,9 @@ class Watch:
                     f"error: no finite loss and gradient in {self.lost} steps in a row (see metrics.jsonl): "
                 )
                 say += "lower optim.base_lr, or take compute_precision.dtype=fp32"
-                print(say, file=sys.stderr)
+                if dist.rank() == 0:
+                    print(say, file=sys.stderr)
+                self.writer.wait()
                 sys.exit(70)
 
 
@@ -358,14 +362,15 @@ def main(argv=None):
     if rank == 0:
         size = sum(p.numel() for p in t.student.parameters())
         print(f"{run.path}: {describe(t.student.backbone)}; {size:,} parameters with heads")
-        if t.origin:
+        if t.origin and not t.step:
             print(f"start: {t.origin}")
         print(f"{len(dataset):,} images of {cfg.train.dataset_path}")
         how = f"{world} x {device} in {str(t.dtype)[6:]}, kernels of {kernels}: {why}"
         print(f"{steps} steps on {how}", flush=True)
 
     # ---- the loop: a straight line
-    watch, writer, first = Watch(run, cfg, t, steps, before), checkpoint.Writer(), t.step
+    writer, first = checkpoint.Writer(), t.step
+    watch = Watch(run, cfg, t, steps, before, writer)
     profile = None
     if args.profile and rank == 0:
         from stopwatch import Profile
@@ -400,6 +405,7 @@ def main(argv=None):
             watch.step_done(metrics, now, t)
         if judge_now:
             with part("evaluation"):
+                writer.wait()  # loading images forks, and no thread should be at work then
                 watch.knn = judge.knn(checkpoint.plain_teacher(t), judge.online)
             if watch.knn is not None:
                 run.log(dict(step=t.step, knn_top1=watch.knn))
@@ -413,9 +419,13 @@ def main(argv=None):
     watch.bar.close()
 
     # ---- the end
+    if profile:
+        profile.close()
     if t.step > first:
         watch.lost_steps(t)
-        checkpoint.save(writer, t, run.path, cfg, watch)
+        watch.seconds += time.monotonic() - watch.since
+        if writer.step != t.step:
+            checkpoint.save(writer, t, run.path, cfg, watch)
     writer.wait()
     teacher = checkpoint.plain_teacher(t) if judge.wanted and not signalled else None
     if rank == 0 and not signalled:

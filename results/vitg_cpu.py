@@ -31,7 +31,7 @@ def build(cfg):
 def forward(cfg):
     g = build(cfg).backbone.to(torch.bfloat16).to_empty(device="cpu").eval()
     with torch.no_grad():
-        for parameter in g.parameters():  # any numbers will do, but ten minutes of drawing them would not
+        for parameter in g.parameters():  # any numbers will do
             parameter.normal_(std=0.02)
         tokens = g(torch.randn(1, 3, 224, 224, dtype=torch.bfloat16))
     assert torch.isfinite(tokens.cls).all()

@@ -286,3 +286,25 @@ def test_what_is_saved_is_the_state_at_the_start(tmp_path):
     assert same(first, state(1))
     checkpoint.restore(tmp_path / "step_00000002", second := state(0))
     assert (second["student"]["backbone.blocks.0.weight"] == 1).all()
+
+
+def test_a_damaged_newer_one_does_not_cost_a_good_one_its_place(tmp_path):
+    """Passed over at the start, it is still there when the run that went on saves, and prunes."""
+    save(tmp_path, 4, state(4))
+    truncate(save(tmp_path, 9, state(9)))
+    path = save(tmp_path, 6, state(6), keep_last=1)
+    assert checkpoint.newest(tmp_path) == path and path.name == "step_00000006"
+
+
+def test_a_folder_that_not_all_ranks_see_is_one_sentence(tmp_path, monkeypatch):
+    real = checkpoint.Reader.read_metadata
+
+    def and_another(self):
+        metadata = real(self)
+        next(iter(metadata.storage_data.values())).relative_path = "__1_0.distcp"
+        return metadata
+
+    monkeypatch.setattr(checkpoint.Reader, "read_metadata", and_another)
+    with pytest.raises(UserError, match="__1_0.distcp is not there: all ranks must see the same folder"):
+        save(tmp_path, 1, state(1))
+    assert not list(tmp_path.iterdir())

@@ -169,6 +169,6 @@ def test_released_weights_start_as_they_are(tmp_path, monkeypatch):
                                        interpolate_offset=0.0, init_std=0.1).eval()  # fmt: skip
     torch.save(released.state_dict(), tmp_path / "released.pth")
     ours = model.DINOv2(cfg)
-    assert "from 37 x 37 to 16 x 16" in start_from(ours, tmp_path / "released.pth")
+    assert "from 37 x 37 to 16 x 16" in start_from(ours, tmp_path / "released.pth")[0]
     images = torch.randn(1, 3, 224, 224)
     torch.testing.assert_close(ours.backbone.eval()(images).cls, released(images).cls, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,6 @@
 """The run folder refuses what would spoil it, mends what a crash tore, and turns signals into a flag."""
 
+import errno
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import config
+import runfolder
 from config import UserError
 from runfolder import RunFolder
 
@@ -136,3 +138,12 @@ def test_signals_set_a_flag_and_ctrl_c_does_not(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
     run.close()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, capsys):
+    def lockf(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runfolder.fcntl, "lockf", lockf)
+    RunFolder(tmp_path / "run", SETTINGS).close()
+    assert "note: no lock on" in capsys.readouterr().err

@@ -220,3 +220,12 @@ def test_kernels_under_fsdp(tmp_path, monkeypatch):
     ours = run(2, tmp_path / "ours", "optim.epochs=0.2", "speed.checkpointing=selective", *size)
     assert json.loads((tmp_path / "ours" / "environment.json").read_text())["kernels"] == "triton"
     assert difference(plain, ours) < 1e-4
+
+
+@pytest.mark.slow
+def test_distillation_shards_too(tmp_path):
+    """The frozen teacher is sharded like the others; the student sees no masks on any rank."""
+    run(1, tmp_path / "large", "optim.epochs=0.2")
+    recipe = [f"train.distill_from={tmp_path / 'large'}", "ibot.mask_sample_probability=1",
+              "ibot.mask_ratio_min_max=[1, 1]"]  # fmt: skip
+    assert difference(*(run(n, tmp_path / str(n), *recipe, "optim.epochs=0.3") for n in (1, 2))) < 1e-5

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SRUN = '#!/bin/bash\nshift\nexec {python} -m torch.distributed.run "$@"\n'  # the first word is torchrun
+SRUN = '#!/bin/bash\nshift 3\nexec {python} -m torch.distributed.run "$@"\n'  # --cpus-per-task N torchrun
 SCONTROL = '#!/bin/bash\nif [ "$1" = show ]; then echo localhost; else echo "requeued $2"; fi\n'
 SETTINGS = ["--model", "debug", "train.batch_size_per_gpu=4", "evaluation.train_path=", "optim.epochs=12"]
 
@@ -19,12 +19,13 @@ SETTINGS = ["--model", "debug", "train.batch_size_per_gpu=4", "evaluation.train_
 @pytest.fixture
 def sbatch(tmp_path):
     """Starts the script as Slurm would, on one "node" with two "GPUs" -> the process."""
-    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
+    stand_ins = dict(srun=SRUN.format(python=sys.executable), scontrol=SCONTROL, squeue="echo RUNNING\n")
+    for name, text in stand_ins.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     slurm = dict(SLURM_JOB_ID="7", SLURM_JOB_NODELIST="localhost", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2",
-                 NANODINO_OUT=str(tmp_path / "run"), NANODINO_PORT=str(29500 + os.getpid() % 400),
-                 OMP_NUM_THREADS="1", PATH=f"{tmp_path}:{os.environ['PATH']}")  # fmt: skip
+                 SLURM_CPUS_PER_TASK="2", NANODINO_PORT=str(29500 + os.getpid() % 400), OMP_NUM_THREADS="1",
+                 NANODINO_OUT=str(tmp_path / "run"), PATH=f"{tmp_path}:{os.environ['PATH']}")  # fmt: skip
     how = dict(
         cwd=ROOT, env={**os.environ, **slurm}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -170,6 +170,17 @@ def test_the_host_runs_ahead_of_the_device(mode):
         metrics["loss"].item()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_the_gpu():
+    cfg = small("student.drop_path_rate=0.2")
+    t = train.Trainee(cfg, "cuda")
+    loader = train.make_loader(cfg, train.open_source(cfg.train.dataset_path), torch.device("cuda"))
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
+        train.train_step(t, [next(loader)], schedule(cfg, step), cfg)
+    torch.cuda.set_sync_debug_mode("default")
+
+
 def test_accumulation_moves_teacher_and_centre_once():
     cfg = small("train.centering=centering")
     one, two = random_batch(cfg, seed=1), random_batch(cfg, seed=2)

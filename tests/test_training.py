@@ -1,5 +1,7 @@
 """Whole runs on tiny settings: determinism, resume, signals, results, and what train.py says to bad input."""
 
+import errno
+import itertools
 import json
 import os
 import shutil
@@ -13,6 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
+import config
+import data
 import eval_knn
 import train
 import visualize
@@ -213,6 +218,61 @@ def test_profile_tells_where_a_step_goes(tmp_path, capsys):
     assert sum(rows.values()) == pytest.approx(2 * rows["a step"], rel=0.01) and rows["backward"] > 0
     events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
     assert parts <= {e.get("name") for e in events} and not train.PARTS
+
+
+def test_a_run_that_is_too_short_for_a_profile_says_so(tmp_path, capsys):
+    go(tmp_path / "run", "--profile", "optim.epochs=0.9", "optim.freeze_last_layer_epochs=0.1")
+    said = capsys.readouterr().out
+    assert "where a step goes" in said and "--profile needs 10 steps, this run took 9" in said
+    assert not train.PARTS and not (tmp_path / "run" / "trace.json").exists()
+
+
+def test_seconds_count_between_looks_too(tmp_path, monkeypatch):
+    """Looked at only at its first step, and stopped after five: all of its time counts."""
+    calls, step = itertools.count(), train.train_step
+    monkeypatch.setattr(train.dist, "tally", lambda *flags: [0, 0, next(calls) == 5, 0])
+    monkeypatch.setattr(train, "train_step", lambda *args: time.sleep(0.3) or step(*args))
+    go(tmp_path / "run", "train.log_every=1000")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["steps"] == 5 and result["train_seconds"] >= 1.5
+
+
+def test_a_stop_at_a_saved_step_saves_it_once(tmp_path, monkeypatch):
+    started, real = [], train.checkpoint.Writer.start
+
+    def start(self, folder, step, *args, **kw):
+        started.append(step)
+        real(self, folder, step, *args, **kw)
+
+    monkeypatch.setattr(train.checkpoint.Writer, "start", start)
+    monkeypatch.setattr(train.RunFolder, "stop_requested", property(lambda run: started, lambda run, _: None),
+                        raising=False)  # fmt: skip
+    assert train.main([*TINY, "--output-dir", str(tmp_path / "run"), "train.checkpoint_every=4"]) == 75
+    assert started == [4] and checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step_00000004"
+
+
+def test_an_image_that_is_read_too_early_does_no_harm(tmp_path, monkeypatch):
+    """The loop reads one batch ahead; after the last step there is nobody to be bothered by what is in it."""
+    real = data.Crops.__getitem__
+
+    def item(self, where):
+        if where[0] == 10:
+            raise OSError("the disk is gone")
+        return real(self, where)
+
+    monkeypatch.setattr(data.Crops, "__getitem__", item)
+    assert go(tmp_path / "run")[-1]["step"] == 10
+    with pytest.raises(UserError, match="the disk is gone"):
+        go(tmp_path / "longer", "optim.epochs=1.1")
+
+
+def test_a_disk_without_room_is_one_sentence(capsys):
+    def main():
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/result.json")
+
+    with pytest.raises(SystemExit) as e:
+        config.run(main)
+    assert e.value.code == 1 and "result.json" in capsys.readouterr().err
 
 
 BAD = {
