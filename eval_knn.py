@@ -163,12 +163,17 @@ def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("weights", help="a run folder, a teacher.pth or a released .pth")
+    add("weights", help="a run folder, a weights file, or a released name such as dinov2_vits14_reg4")
+    add("--download", action="store_true", help="fetch Meta's file of that name, if it is not in the cache")
     add("--train", default="", help="the labelled bank, e.g. folder:/data/train (default: the run's own)")
     add("--test", default="", help="the labelled queries (default: the run's own)")
     add("--image-size", type=int, default=0, help="side of the square the network sees, in pixels")
     add("--limit", type=int, default=0, help="use only so many images of each set, evenly spread")
     args = parser.parse_args()
+    if args.download:
+        from weights import download
+
+        args.weights = download(args.weights)
     backbone = load_backbone(args.weights)
     own = (Path(args.weights) if Path(args.weights).is_dir() else Path(args.weights).parent) / "config.yaml"
     if own.is_file():

@@ -15,7 +15,6 @@ masked patches, L local crops, T tokens of all crops together. A ViT-B/16 with 4
 
 import hashlib
 import math
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from config import UserError
 from distributed import fill
 from kernels.attention import attention, reference
+from weights import read_file
 
 SIZES = {  # DINOv2 Table 17 (which prints 18 blocks for B: a misprint, code and weights have 12)
     "vit_laptop": dict(embed_dim=96, depth=4, num_heads=3),  # ours: five minutes on two CPU cores
@@ -373,21 +373,7 @@ def initial(module, name, shape, std, rng):
 def read_weights(path):
     """A weights file, never running code from it -> the backbone's and the heads' tensors by name, and what
     the file says of its architecture, if anything."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "teacher.pth"
-    if not path.is_file():
-        raise UserError(f"no weights at {path}: give a run folder that has a teacher.pth, or a .pth file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a pickle that wants to run code, a truncated zip, an HTML page saved as .pth ...
-        kind = "is damaged or incomplete" if zipfile.is_zipfile(path) else "is no file of plain tensors"
-        raise UserError(f"{path} {kind} ({type(e).__name__}): download or export it again") from e
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not named tensors: it is no weights file")
-    tensors, arch = content.get("teacher", content), content.get("arch") or {}
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(x) for x in tensors.values()):
-        raise UserError(f"{path} holds other things than named tensors: it is no weights file")
+    tensors, arch = read_file(Path(path))
     heads = {k: v for k, v in tensors.items() if "head." in k}
     return {k.removeprefix("backbone."): v for k, v in tensors.items() if k not in heads}, heads, arch
 
@@ -399,8 +385,8 @@ def architecture(tensors, arch, path):
         R = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
         inferred = dict(
             embed_dim=D, patch_size=p, num_register_tokens=R,
-            depth=1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")),
-            num_heads=max(D // 64, 1),  # the shapes don't show it; all released models have heads of 64
+            depth=len({k.split(".")[1] for k in tensors if k.startswith("blocks.")}),
+            num_heads={s["embed_dim"]: s["num_heads"] for s in SIZES.values()}.get(D, max(D // 64, 1)),
             img_size=p * math.isqrt(tensors["pos_embed"].shape[1] - 1),
             ffn_layer="swiglu" if "blocks.0.mlp.w12.weight" in tensors else "mlp",
             layerscale=1.0 if "blocks.0.ls1.gamma" in tensors else 0,
@@ -408,11 +394,12 @@ def architecture(tensors, arch, path):
     except (KeyError, ValueError, AttributeError) as e:
         names = ", ".join(list(tensors)[:3])
         raise UserError(f"{path} holds no DINOv2 backbone: it lacks {e}; its first names are {names}") from e
-    return {**inferred, **arch}
+    unseen = ("num_heads", "layerscale", "interpolate_antialias", "interpolate_offset")
+    return inferred | {k: arch[k] for k in unseen if k in arch}
 
 
 def load_backbone(source):
-    """A frozen backbone in eval mode from a run folder, a teacher.pth or a released .pth (always strict)."""
+    """A frozen backbone in eval mode from a run folder or any file that weights.py knows (always strict)."""
     tensors, _, arch = read_weights(source)
     return build_backbone(tensors, arch, source)
 
@@ -420,12 +407,10 @@ def load_backbone(source):
 def build_backbone(tensors, arch, source):
     with torch.device("meta"):  # no numbers are drawn, only to be overwritten
         backbone = VisionTransformer(**architecture(tensors, arch, source))
-    expected = backbone.state_dict()
-    wrong = [k for k in expected if k not in tensors or tensors[k].shape != expected[k].shape]
-    wrong += [k for k in tensors if k not in expected]
-    if wrong:
-        names = ", ".join(wrong[:3])
-        raise UserError(f"{source} is not the {describe(backbone)} that it looks like; see {names}")
+    here, there = ({k: list(v.shape) for k, v in x.items()} for x in (backbone.state_dict(), tensors))
+    if wrong := [k for k in here | there if there.get(k) != here.get(k)]:
+        names = "; ".join(f"{k} is {there.get(k)} there, not {here.get(k)}" for k in wrong[:3])
+        raise UserError(f"{source} is not the {describe(backbone)} that it looks like: {names}")
     backbone.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True, assign=True)
     return backbone.eval().requires_grad_(False)
 

@@ -1,0 +1,332 @@
+"""Files of weights, of whatever layout, never running code from them: tensors under DINOv2's own names.
+
+Read are a run's teacher.pth, Meta's released files, training checkpoints of the authors' code (blocks in
+chunks), and the files of timm and Hugging Face. model.load_backbone makes a network of what comes out.
+
+What is unusual here: one table of names serves reading and writing (export.py); safetensors files are read
+without a package: 8 bytes that say how long the header is, the header (JSON: type, shape and place of every
+tensor), then the bytes. The file is mapped into memory, and nothing in it is believed before it is checked.
+Nothing is fetched unless `download` is called.
+"""
+
+import json
+import math
+import os
+import re
+import zipfile
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from urllib.request import urlopen
+
+import torch
+
+from config import UserError
+
+BASE = "https://dl.fbaipublicfiles.com/dinov2"
+WIDTHS = {"small": 384, "base": 768, "large": 1024, "giant": 1536}
+SIZE = {width: size for size, width in WIDTHS.items()}
+NAMES = (  # how Meta, timm and Hugging Face call the released models
+    r"dinov2_vit(?P<size>[sblg])14(?P<reg>_reg4)?_pretrain",
+    r"vit_(?P<size>small|base|large|giant)_patch14(?P<reg>_reg4)?_dinov2",
+    r"dinov2(?P<reg>-with-registers)?-(?P<size>small|base|large|giant)$",
+)
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+QKV = "encoder.layer.#.attention.attention."
+LAYOUTS = {  # our (and Meta's) name: the same in files of transformers and of timm, without .weight and .bias
+    "cls_token": ("embeddings.cls_token", "cls_token"),
+    "pos_embed": ("embeddings.position_embeddings", "pos_embed"),
+    "register_tokens": ("embeddings.register_tokens", "reg_token"),
+    "mask_token": ("embeddings.mask_token", None),  # timm has no use for it
+    "patch_embed.proj": ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+    "blocks.#.norm1": ("encoder.layer.#.norm1", "blocks.#.norm1"),
+    "blocks.#.attn.qkv": ((QKV + "query", QKV + "key", QKV + "value"), "blocks.#.attn.qkv"),  # rows in thirds
+    "blocks.#.attn.proj": ("encoder.layer.#.attention.output.dense", "blocks.#.attn.proj"),
+    "blocks.#.ls1.gamma": ("encoder.layer.#.layer_scale1.lambda1", "blocks.#.ls1.gamma"),
+    "blocks.#.norm2": ("encoder.layer.#.norm2", "blocks.#.norm2"),
+    "blocks.#.mlp.fc1": ("encoder.layer.#.mlp.fc1", "blocks.#.mlp.fc1"),
+    "blocks.#.mlp.fc2": ("encoder.layer.#.mlp.fc2", "blocks.#.mlp.fc2"),
+    "blocks.#.mlp.w12": ("encoder.layer.#.mlp.weights_in", "blocks.#.mlp.fc1"),
+    "blocks.#.mlp.w3": ("encoder.layer.#.mlp.weights_out", "blocks.#.mlp.fc2"),
+    "blocks.#.ls2.gamma": ("encoder.layer.#.layer_scale2.lambda1", "blocks.#.ls2.gamma"),
+    "norm": ("layernorm", "norm"),
+}
+
+
+# ---------------------------------------------------------------- names
+
+
+def table(layout, swiglu):
+    """{our name: tuple of theirs} of one layout; timm calls both kinds of MLP fc1 and fc2."""
+    other = ("fc1", "fc2") if swiglu else ("w12", "w3")
+    theirs = {k: v[layout == "timm"] for k, v in LAYOUTS.items() if not k.endswith(other)}
+    return {k: (v,) if isinstance(v, str) else v for k, v in theirs.items() if v}
+
+
+def parts(name):
+    """'blocks.3.norm1.bias' -> 'blocks.#.norm1', '3', '.bias'"""
+    stem, end = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name, re.S).groups()
+    number = re.search(r"^(?:blocks|encoder\.layer)\.(\d+)\.", stem)
+    return (stem.replace(number[1], "#", 1), number[1], end or "") if number else (stem, "", end or "")
+
+
+def rename(tensors, layout):
+    """Our names -> theirs."""
+    names, renamed = table(layout, "blocks.0.mlp.w12.weight" in tensors), {}
+    for name, x in tensors.items():
+        stem, number, end = parts(name)
+        theirs = names.get(stem, ())
+        for new, piece in zip(theirs, x.chunk(max(len(theirs), 1))):
+            renamed[new.replace("#", number) + end] = piece
+    return renamed
+
+
+def rename_back(tensors, layout):
+    """Their names -> ours. Names that are unknown stay, for the strict loading to find."""
+    first, second = (tensors.get(f"blocks.0.mlp.{k}.weight") for k in ("fc1", "fc2"))
+    packed = None not in (first, second) and first.shape[0] != second.shape[-1]  # both halves of a SwiGLU
+    swiglu = packed or "encoder.layer.0.mlp.weights_in.weight" in tensors
+    inverse = {new: (ours, theirs) for ours, theirs in table(layout, swiglu).items() for new in theirs}
+    renamed = {}
+    for name, x in tensors.items():
+        stem, number, end = parts(name)
+        ours, theirs = inverse.get(stem, (stem, (stem,)))
+        pieces = [tensors.get(t.replace("#", number) + end) for t in theirs]
+        if any(p is None for p in pieces):  # a query without its key
+            new = name
+        elif stem == theirs[0]:  # and the others with it
+            new, x = ours.replace("#", number) + end, torch.cat(pieces) if len(pieces) > 1 else x
+        else:
+            continue
+        if new in renamed:
+            raise KeyError(f"two tensors for {new}")
+        renamed[new] = x
+    return renamed
+
+
+def unchunk(tensors, path):
+    """Names of the authors' training checkpoints -> released ones.
+
+    FSDP and torch.compile add words of their own; blocks.CHUNK.INDEX counts INDEX through all chunks. Where
+    both networks are in the file, the teacher's tensors are taken.
+    """
+    words = r"(^|\.)(?:(?:module|_fsdp_wrapped_module|_orig_mod)\.)+"
+    tensors = {re.sub(words, r"\1", k): v for k, v in tensors.items()}
+    if any(k.startswith("teacher.") for k in tensors):
+        tensors = {k.removeprefix("teacher."): v for k, v in tensors.items() if k.startswith("teacher.")}
+    flat = {re.sub(r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in tensors.items()}
+    if len(flat) < len(tensors):
+        raise UserError(f"{path} counts its blocks anew in every chunk: which comes first can't be told")
+    return flat
+
+
+def official(tensors, path):
+    """Tensors of any known layout under DINOv2's own names; the file's name must agree with them."""
+    tensors = unchunk(tensors, path)
+    try:
+        if "embeddings.cls_token" in tensors:
+            tensors = rename_back(tensors, "hf")
+        elif "cls_token" in tensors and "mask_token" not in tensors:
+            tensors = from_timm(tensors)
+    except (RuntimeError, IndexError, KeyError) as e:
+        raise UserError(f"{path} holds tensors that fit no DINOv2 model ({type(e).__name__}: {e})") from None
+    check_name(tensors, path)
+    return tensors
+
+
+def from_timm(tensors):
+    """timm's tensors under our names. With registers, the position of [CLS] is in the token already."""
+    tensors = rename_back(tensors, "timm")
+    cls, positions = tensors["cls_token"], tensors["pos_embed"]
+    if math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:  # patches alone: n n + 1 is no square
+        tensors["pos_embed"] = torch.cat([torch.zeros_like(cls), positions], dim=1)
+    tensors["mask_token"] = torch.zeros_like(cls[0])  # they don't keep it; whole images never meet it
+    return tensors
+
+
+def check_name(tensors, path):
+    """Refuse a file that is called after one released model and holds another."""
+    name = path.parent.name if path.stem in ("model", "pytorch_model") else path.name
+    found = next((m for m in (re.search(p, name) for p in NAMES) if m), None)
+    cls = next((tensors[k] for k in ("cls_token", "backbone.cls_token") if k in tensors), None)
+    if found is None or cls is None or not cls.dim():
+        return
+    width = next(w for size, w in WIDTHS.items() if size[0] == found["size"][0])
+    called, held = (width, bool(found["reg"])), (cls.shape[-1], any("register_tokens" in k for k in tensors))
+    if called != held:
+        a, b = (f"{SIZE.get(w, 'of another size')} (width {w}) {'with' if reg else 'without'} registers"
+                for w, reg in (called, held))  # fmt: skip
+        raise UserError(f"{path} is called after a ViT-{a} but holds a ViT-{b}: give it its right name")
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_file(path):
+    """A run folder or any file or name that is known -> tensors under DINOv2's own names, what is said of the
+    network."""
+    path = path / "teacher.pth" if (path / "teacher.pth").is_file() else path
+    if path.is_file() and path.suffix != ".safetensors":
+        tensors, arch = read_pickle(path)
+    else:
+        tensors, arch, path = read_elsewhere(path)
+    own = any({p + "mask_token", p + "blocks.0.norm1.weight"} <= tensors.keys() for p in ("", "backbone."))
+    return tensors if own and "dinov2" not in path.name else official(tensors, path), arch
+
+
+def read_pickle(path):
+    """What torch.save wrote -> tensors by name and the architecture, if there is one."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a pickle that wants to run code, a truncated zip, an HTML page saved as .pth ...
+        kind = "is damaged or incomplete" if zipfile.is_zipfile(path) else "is no file of plain tensors"
+        raise UserError(f"{path} {kind} ({type(e).__name__}): download or export it again") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not named tensors: it is no weights file")
+    tensors, arch = content.get("teacher", content.get("model", content)), content.get("arch") or {}
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and torch.is_tensor(v) for k, v in tensors.items()
+    ):
+        raise UserError(f"{path} holds other things than named tensors: it is no weights file")
+    return tensors, arch
+
+
+# ---------------------------------------------------------------- safetensors
+
+
+def read_safetensors(path):
+    """-> tensors by name, lying in the mapped file, and what it or its folder says of the network."""
+    try:
+        with open(path, "rb") as f:
+            size, length = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
+            if size < 8 or length > min(size - 8, 100_000_000):
+                raise ValueError(f"its header claims {length} bytes, the file has {size}")
+            header = json.loads(f.read(length))
+        metadata = header.pop("__metadata__", {})
+        spans = sorted((span(name, entry), name) for name, entry in header.items())
+        end = 0
+        for (start, stop), name in spans:
+            if start != end:
+                raise ValueError(f"the bytes of {name} overlap others or leave a gap")
+            end = stop
+        if end != size - 8 - length:
+            raise ValueError(f"its tensors take {end} bytes, the file has {size - 8 - length} for them")
+        arch = json.loads(metadata.get("nanodino", "{}"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path} is no intact safetensors file ({e}): download or export it again") from None
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+    tensors = {}
+    for (start, stop), name in spans:
+        dtype, x = DTYPES[header[name]["dtype"]], data[start:stop]
+        aligned = (8 + length + start) % dtype.itemsize == 0
+        tensors[name] = (x if aligned else x.clone()).view(dtype).view(header[name]["shape"])
+    return tensors, claims(arch, path, tensors)
+
+
+def span(name, entry):
+    """Where a tensor lies, (first byte, last + 1), after checking that its shape needs just so many bytes."""
+    dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not name.isprintable():
+        raise ValueError(f"it has a tensor called {name!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} is of type {dtype}, weights are of {', '.join(DTYPES)}")
+    if not all(type(n) is int and 0 <= n < 2**48 for n in [*shape, *place]) or len(place) != 2:
+        raise ValueError(f"{name} has a shape {shape} at {place}")
+    if place[1] - place[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"{name} of shape {shape} can't lie at {place}")
+    return tuple(place)
+
+
+def claims(arch, path, tensors):
+    """What shapes don't show: from `arch`, as our own files hold it, or Hugging Face's config.json."""
+    free = ("num_heads", "layerscale", "interpolate_antialias", "interpolate_offset")
+    said = {k: v for k, v in arch.items() if k in free} if isinstance(arch, dict) else {}
+    width = next((x.shape[-1] for k, x in tensors.items() if k.endswith("cls_token") and x.dim()), 1)
+    beside = path.parent / "config.json"
+    if "embeddings.cls_token" in tensors and beside.is_file():
+        try:
+            there = json.loads(beside.read_text(encoding="utf-8"))
+            said.setdefault("num_heads", there["num_attention_heads"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{beside} is no config of a DINOv2 model ({type(e).__name__}: {e})") from None
+        fixed = dict(hidden_size=width, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True, mlp_ratio=4)
+        for key, value in fixed.items():
+            if there.get(key, value) != value:
+                raise UserError(f"{beside} says {key} {there[key]}: the model of {path.name} has {value}")
+    kinds = dict(zip(free, (int, float, bool, float)))
+    for key, value in said.items():
+        fits = type(value) in (kinds[key], int) and 0 <= value < 1e4
+        if not fits or (key == "num_heads" and (value < 1 or width % value)):
+            raise UserError(f"{path} says that {key} is {value!r}: no network is like that")
+    return said
+
+
+# ---------------------------------------------------------------- Meta's files
+
+
+def cache():
+    return Path(os.environ.get("NANODINO_CACHE") or Path.home() / ".cache" / "nanodino")
+
+
+def released(name):
+    """dinov2_vits14_reg4, vits14_reg, dinov2_vits14_reg4_pretrain.pth -> the first of these, or None."""
+    found = re.fullmatch(r"(?:dinov2_)?vit([sblg])14(_reg4?)?(?:_pretrain)?(?:\.pth)?", str(name))
+    return found and f"dinov2_vit{found[1]}14{'_reg4' if found[2] else ''}"
+
+
+def read_elsewhere(path):
+    """What is no .pth file: safetensors, alone or in a folder, or a released model that was downloaded
+    earlier -> tensors by name, what is said of the network, and the file."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    if file.is_file():
+        return *read_safetensors(file), file
+    if (stem := released(path)) and (file := cache() / f"{stem}_pretrain.pth").is_file():
+        return *read_pickle(file), file
+    if stem:
+        remedy = f"put Meta's file at {file}, or fetch it with `python export.py {stem} --download`"
+    else:
+        remedy = "give a run folder that has a teacher.pth, a .pth or .safetensors file, or a released name"
+    raise UserError(f"no weights at {path}: {remedy}")
+
+
+def download(name):
+    """Fetch one of Meta's files, unless it is there -> its path in the cache."""
+    from tqdm import tqdm
+
+    if (stem := released(name)) is None:
+        names = "dinov2_vits14, vitb14, vitl14, vitg14, and each of them with _reg4"
+        raise UserError(f"{name} is no released model: those are {names}")
+    path = cache() / f"{stem}_pretrain.pth"
+    url = f"{BASE}/{stem.removesuffix('_reg4')}/{path.name}"
+    if path.is_file():
+        return path
+    try:
+        with urlopen(url, timeout=30) as answer, in_one_act(path) as f:
+            size = int(answer.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+                while piece := answer.read(1 << 20):
+                    if not f.tell() and piece[:1] not in (b"P", b"\x80"):  # a zip or a pickle
+                        raise OSError("a web page came instead")
+                    f.write(piece)
+                    bar.update(len(piece))
+            if size and f.tell() != size:
+                raise OSError(f"it ended after {f.tell()} of {size} bytes")
+    except (OSError, HTTPException, ValueError) as e:
+        raise UserError(f"{url} cannot be fetched ({e}): fetch it elsewhere and put it at {path}") from None
+    return path
+
+
+@contextmanager
+def in_one_act(path):
+    """A file that gets its name when it is complete, or never: `with in_one_act(path) as f`."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(partial, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
