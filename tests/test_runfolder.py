@@ -127,6 +127,7 @@ def test_a_torn_line_is_mended_and_later_rows_dropped(tmp_path, capsys):
 
 def test_signals_set_a_flag_and_ctrl_c_does_not(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     run = RunFolder(tmp_path, SETTINGS)
     run.watch_signals()
     for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
