@@ -469,20 +469,21 @@ def make_loader(cfg, dataset, device, start_step=0, rank=0, world=1):
     streams = torch.get_device_module(device)
     side, ahead = streams.Stream(), None
     while True:
+        if isinstance(ahead, UserError):  # its turn has come; a loader that has failed is not asked again:
+            raise ahead  # its living workers may wait for a message that was broken off
         streams.current_stream().wait_stream(side)
         side.wait_stream(streams.current_stream())
         with streams.stream(side):
             try:
                 batch, ahead = ahead, on_device(read(batches, crops), device)
-            except UserError as e:  # of a batch that may never be needed: it waits for its turn
+            except UserError as e:  # of a batch that may never be needed
                 batch, ahead = ahead, e
-        if isinstance(batch, UserError):
-            raise batch
         if batch:
             yield batch
 
 
 def read(batches, crops):
+    """The next batch of the workers; what goes wrong there is a UserError with the names of the images."""
     try:
         return next(batches)
     except Exception as error:  # also a worker's, with its traceback as message: the last line says what
@@ -492,6 +493,7 @@ def read(batches, crops):
 
 
 def on_device(batch, device):
+    """A batch of the workers on `device`, its crops coloured and normalised: what make_loader describes."""
     groups = zip(batch.pop("views"), batch.pop("params"))
     views = [photometric(x.to(device, non_blocking=True), p) if len(x) else None for x, p in groups]
     batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
