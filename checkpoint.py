@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from config import UserError
 from distributed import PATIENCE, from_first, local, rank, whole, world_size
 from model import VisionTransformer
-from runfolder import replace
+from runfolder import in_one_act, replace
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")  # a single process: we know
 DTYPES = {str(v).split(".")[1] for v in vars(torch).values() if isinstance(v, torch.dtype)}
@@ -119,27 +119,26 @@ def finish(temporary, target, meta, keep_last, keep_every):
     files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
     replace(temporary / "manifest.json", json.dumps({"files": files}, indent=1))
     fsync_folder(temporary)
-    files = {info.relative_path for info in Reader(temporary).read_metadata().storage_data.values()}
-    if missing := files - set(os.listdir(temporary)):
+    parts = {info.relative_path for info in Reader(temporary).read_metadata().storage_data.values()}
+    if missing := parts - set(os.listdir(temporary)):
         raise OSError(f"{min(missing)} is not there: all ranks must see the same folder")
-    old = target.with_name(f".{target.name}.old")
-    if target.exists():  # the same step again, after a resume: a folder can't be renamed over another
-        os.replace(target, old)
+    old = out_of_the_way(target) if target.exists() else None  # the same step again, after a resume
     os.replace(temporary, target)
     fsync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
     mine = [path for path in steps(target.parent) if path.name <= target.name]  # later ones are damaged
     for path in mine[keep_last:]:
         if not keep_every or int(path.name[5:]) % keep_every:
-            discard(path)
+            shutil.rmtree(out_of_the_way(path), ignore_errors=True)
 
 
-def discard(path):
-    """Delete a checkpoint; renamed first, so that a kill in between leaves no half folder called step_*."""
-    doomed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+def out_of_the_way(path):
+    """Rename a checkpoint that shall go: a kill amid its deletion leaves no half folder called step_*."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(path, old)
+    return old
 
 
 def sha256(path):
@@ -252,15 +251,8 @@ class Planner(dcp.DefaultLoadPlanner):
 
 def write_teacher(path, tensors, arch):
     """{"teacher": {official name: whole tensor}, "arch": {...}} in one file that weights_only=True reads."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save({"teacher": tensors, "arch": arch}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with in_one_act(path) as f:
+        torch.save({"teacher": tensors, "arch": arch}, f)
     fsync_folder(path.parent)
 
 

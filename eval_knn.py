@@ -1,8 +1,8 @@
 """Weighted k-nearest-neighbour classification on frozen features: how good is a backbone, without training
 anything.
 
-    python eval_knn.py runs/laptop                       # a run folder: its own teacher, its own data
-    python eval_knn.py teacher.pth --train folder:/data/train --test folder:/data/test
+    python eval_knn.py --weights runs/laptop             # a run folder: its own teacher, its own data
+    python eval_knn.py --weights teacher.pth --train folder:/data/train --test folder:/data/test
 
 Prints top-1 accuracy for k = 10, 20, 100, 200, beside what any number must beat: chance, raw pixels, and the
 same architecture at random initialisation. Protocol of DINOv2: cosine similarity of [CLS], votes weighted by
@@ -10,17 +10,16 @@ exp(sim / 0.07).
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import config
 from config import UserError
-from data import open_source
+from data import BadImage, open_source
 from distributed import rank
-from features import EvalImages, batches, extract, foreground_miou
-from model import VisionTransformer, describe, load_backbone
+from features import EvalImages, batches, extract, foreground_miou, open_weights, random_twin, weights_flags
+from model import describe
 from visualize import large_sample, pca_sheet
 
 KS, TEMPERATURE = (10, 20, 100, 200), 0.07
@@ -63,7 +62,8 @@ def labelled(features, labels):
 def pixels(images, side=32):
     """Raw pixels as features (n, 3 side side) and labels (n,): what no network at all can see."""
     small = [
-        (F.interpolate(x.float(), size=(side, side), mode="area").flatten(1), y) for x, y in batches(images)
+        (F.interpolate(x.float(), size=(side, side), mode="area").flatten(1), y)
+        for x, y, _ in batches(images)
     ]
     return labelled(*(torch.cat(parts) for parts in zip(*small, strict=True)))
 
@@ -95,7 +95,7 @@ def eval_sets(cfg, train_path="", test_path="", limit=0):
     resize = cfg.evaluation.resize_size or size
     bank, queries = (EvalImages(open_source(p), size, resize, limit) for p in paths)
     for images, path in ((bank, paths[0]), (queries, paths[1])):
-        if all(images[i] is None or images[i][1] < 0 for i in range(min(8, len(images)))):
+        if all(isinstance(images[i], BadImage) or images[i][1] < 0 for i in range(min(8, len(images)))):
             raise UserError(f"{path} has no labels (sub-folders, .cls files): k-NN needs labelled images")
     names = bank.dataset.classes, queries.dataset.classes
     if None not in names and names[0] != names[1]:  # labels are numbers in the order of the names
@@ -129,9 +129,7 @@ class Judge:
         if self.sets is None:
             return {}
         (bank, queries), e = self.sets, self.cfg.evaluation
-        torch.manual_seed(self.cfg.train.seed)  # the baseline: the same network, untrained
-        self.random = VisionTransformer(**teacher.arch, init_std=self.cfg.student.init_std)
-        self.random.to(teacher.norm.weight.device)
+        self.random = random_twin(teacher, self.cfg, self.cfg.train.seed).to(teacher.norm.weight.device)
         result = dict(knn_top1=self.knn(teacher, self.sets), knn_random_init=self.knn(self.random, self.sets),
                       knn_pixels=max(knn_pixels(bank, queries, ks=(e.knn_k,)).values()),
                       chance=chance(pixels(queries, side=1)[1]))  # fmt: skip
@@ -163,34 +161,22 @@ def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("weights", help="a run folder, a weights file, or a released name such as dinov2_vits14_reg4")
-    add("--download", action="store_true", help="fetch Meta's file of that name, if it is not in the cache")
+    weights_flags(parser)
     add("--train", default="", help="the labelled bank, e.g. folder:/data/train (default: the run's own)")
     add("--test", default="", help="the labelled queries (default: the run's own)")
     add("--image-size", type=int, default=0, help="side of the square the network sees, in pixels")
     add("--limit", type=int, default=0, help="use only so many images of each set, evenly spread")
     args = parser.parse_args()
-    if args.download:
-        from weights import download
-
-        args.weights = download(args.weights)
-    backbone = load_backbone(args.weights)
-    own = (Path(args.weights) if Path(args.weights).is_dir() else Path(args.weights).parent) / "config.yaml"
-    if own.is_file():
-        cfg = config.load(file=own)
-    else:  # a file without a run around it: the published protocol, 224 out of 256
-        cfg = config.load()
-        cfg.evaluation.image_size, cfg.evaluation.resize_size = 224, 256
+    backbone, cfg = open_weights(args.weights, args.download)
     if args.image_size:
         cfg.evaluation.image_size = cfg.evaluation.resize_size = args.image_size
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = backbone.norm.weight.device
     bank, queries = eval_sets(cfg, args.train, args.test, args.limit)
     print(f"{args.weights}: {describe(backbone)}; {len(bank)} images in the bank, {len(queries)} queries")
     workers = cfg.train.num_workers
-    torch.manual_seed(0)
-    random = VisionTransformer(**backbone.arch, init_std=cfg.student.init_std)
-    rows = {"this backbone": knn_backbone(backbone.to(device), bank, queries, num_workers=workers),
-            "random initialisation": knn_backbone(random.to(device), bank, queries, num_workers=workers),
+    random = random_twin(backbone, cfg).to(device)
+    rows = {"this backbone": knn_backbone(backbone, bank, queries, num_workers=workers),
+            "random initialisation": knn_backbone(random, bank, queries, num_workers=workers),
             "raw pixels": knn_pixels(bank, queries)}  # fmt: skip
     print(f"{'top-1 accuracy':22s}" + "".join(f"  k={k:<5d}" for k in rows["raw pixels"]))
     for name, row in rows.items():

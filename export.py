@@ -20,8 +20,8 @@ import torch
 import config
 from config import UserError
 from model import architecture, load_backbone
-from runfolder import replace
-from weights import DTYPES, download, in_one_act, rename
+from runfolder import in_one_act, replace
+from weights import DTYPES, download, rename
 
 
 def write_safetensors(path, tensors, arch):

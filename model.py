@@ -405,6 +405,7 @@ def load_backbone(source):
 
 
 def build_backbone(tensors, arch, source):
+    """A frozen backbone around these tensors, which must be all that it has. UserError names what differs."""
     with torch.device("meta"):  # no numbers are drawn, only to be overwritten
         backbone = VisionTransformer(**architecture(tensors, arch, source))
     here, there = ({k: list(v.shape) for k, v in x.items()} for x in (backbone.state_dict(), tensors))

@@ -40,9 +40,7 @@ class Shape:
         low, high = cfg.ibot.mask_ratio_min_max
         self.M = round(2 * self.B * cfg.ibot.mask_sample_probability * (low + high) / 2 * patches[0])
         mlp = self.model.backbone.blocks[0].mlp
-        self.hidden = (
-            sum(x.weight.numel() for x in mlp.children()) // self.D
-        )  # rows of all matrices of the MLP
+        self.hidden = sum(x.weight.numel() for x in mlp.children()) // self.D  # rows of all its matrices
 
     def size(self):
         return sum(x.numel() for x in self.model.parameters())
@@ -59,9 +57,8 @@ class Shape:
 
     def head_flops(self, cls, patches):
         def size(head):
-            return sum(
-                x.numel() for name, x in head.named_parameters() if name.endswith(("weight", "weight_v"))
-            )
+            matrices = ("weight", "weight_v")
+            return sum(x.numel() for name, x in head.named_parameters() if name.endswith(matrices))
 
         dino, ibot = self.model.dino_head, getattr(self.model, "ibot_head", self.model.dino_head)
         return 2 * (cls * size(dino) + patches * size(ibot))

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -162,14 +163,28 @@ def as_json(row, indent=None):
     return json.dumps(row | bad, indent=indent)
 
 
+@contextmanager
+def in_one_act(path, mark=""):
+    """`with in_one_act(path) as f`: a file that gets its name when it is complete and on the disk, or never.
+
+    What a killed process left is overwritten by the next. Two at a time need a `mark` each.
+    """
+    partial = path.with_name(f".{path.name}{mark}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(partial, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def replace(path, text):
-    """Write a file in one act: a crash leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    """Write a text in one act: a crash leaves the old one or the new one."""
+    with in_one_act(path) as f:
+        f.write(text.encode())
 
 
 def environment():

@@ -326,12 +326,10 @@ class Watch:
                 samples = [self.per_step * step, self.per_step * (step + 1) - 1]
                 self.run.log(dict(step=step + 1, skipped_samples=samples))
             if self.lost > self.cfg.train.max_nan + 20 * t.scaler.is_enabled():
-                say = (
-                    f"error: no finite loss and gradient in {self.lost} steps in a row (see metrics.jsonl): "
-                )
-                say += "lower optim.base_lr, or take compute_precision.dtype=fp32"
                 if dist.rank() == 0:
-                    print(say, file=sys.stderr)
+                    print(f"error: no finite loss and gradient in {self.lost} steps in a row (see "
+                          f"metrics.jsonl): lower optim.base_lr, or take compute_precision.dtype=fp32",
+                          file=sys.stderr)  # fmt: skip
                 self.writer.wait()
                 sys.exit(70)
 

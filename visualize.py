@@ -16,7 +16,7 @@ from PIL import Image
 
 import config
 from config import UserError
-from data import normalize, open_source
+from data import BadImage, normalize, open_source
 from features import EvalImages
 from model import VisionTransformer, load_backbone
 
@@ -40,7 +40,8 @@ def large_sample(dataset, size, resize, count):
     Four times the patches make a picture in which one recognises something.
     """
     images = EvalImages(dataset, 2 * size, 2 * resize, limit=count)
-    sample = [item[0] for item in (images[i] for i in range(len(images))) if item is not None]
+    items = (images[i] for i in range(len(images)))
+    sample = [item[0] for item in items if not isinstance(item, BadImage)]
     if count < 1 or not sample:
         raise UserError(f"there is nothing to draw: {count} images wanted, {len(sample)} readable")
     return torch.stack(sample)

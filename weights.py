@@ -14,7 +14,6 @@ import math
 import os
 import re
 import zipfile
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
@@ -22,6 +21,7 @@ from urllib.request import urlopen
 import torch
 
 from config import UserError
+from runfolder import in_one_act
 
 BASE = "https://dl.fbaipublicfiles.com/dinov2"
 WIDTHS = {"small": 384, "base": 768, "large": 1024, "giant": 1536}
@@ -302,7 +302,7 @@ def download(name):
     if path.is_file():
         return path
     try:
-        with urlopen(url, timeout=30) as answer, in_one_act(path) as f:
+        with urlopen(url, timeout=30) as answer, in_one_act(path, f".{os.getpid()}") as f:
             size = int(answer.headers.get("Content-Length") or 0)
             with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
                 while piece := answer.read(1 << 20):
@@ -315,18 +315,3 @@ def download(name):
     except (OSError, HTTPException, ValueError) as e:
         raise UserError(f"{url} cannot be fetched ({e}): fetch it elsewhere and put it at {path}") from None
     return path
-
-
-@contextmanager
-def in_one_act(path):
-    """A file that gets its name when it is complete, or never: `with in_one_act(path) as f`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(partial, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -138,7 +138,7 @@ def test_max_minutes_stops_early_with_a_checkpoint(tmp_path):
 
 def test_eval_knn_reads_a_run_folder(reference, monkeypatch, capsys):
     sets = ["--train", "scenes:60:seed=1", "--test", "scenes:30:seed=2"]
-    monkeypatch.setattr(sys, "argv", ["eval_knn.py", str(reference[0]), *sets])
+    monkeypatch.setattr(sys, "argv", ["eval_knn.py", "--weights", str(reference[0]), *sets])
     eval_knn.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("60 images in the bank, 30 queries") and "k=20" in lines[1]
