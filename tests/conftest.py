@@ -14,6 +14,15 @@ torch.set_num_threads(2)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    from nursery import Nursery
+
+    nursery = Nursery(tmp_path_factory.mktemp("nursery") / "log")
+    yield nursery
+    nursery.close()
+
+
 @pytest.fixture
 def bf16(monkeypatch):
     """Triton's interpreter multiplies the bit patterns of bf16 and cuts instead of rounding: mend both."""

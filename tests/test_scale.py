@@ -9,31 +9,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from nursery import ENVIRONMENT, ROOT
 
-ROOT = Path(__file__).parent.parent
 STEPS = 20
 SETTINGS = ["--model", "debug", "train.dataset_path=scenes:200:seed=3", "optim.epochs=1", "train.log_every=1",
             f"train.OFFICIAL_EPOCH_LENGTH={STEPS}", "optim.warmup_epochs=0.2",
             "optim.freeze_last_layer_epochs=0.1",
             "teacher.warmup_teacher_temp_epochs=0.5", "student.drop_path_rate=0", "evaluation.train_path=",
-            "evaluation.test_path=", "dino.koleo_group=4"]  # fmt: skip
+            "evaluation.test_path=", "dino.koleo_group=4", "crops.local_crops_number=2"]  # fmt: skip
 
 
-def launch(processes, script, *arguments, works=True):
-    """Run a script under torchrun, or alone; the global batch is 8 images either way."""
+@pytest.fixture(scope="module")
+def forked(nursery):
+    return lambda processes, *arguments: nursery.run(*arguments, ranks=processes)
+
+
+def fresh(processes, *arguments):
+    """Under torchrun, or alone: for what must see another environment, or compiles."""
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*start, str(script), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (done.returncode == 0) == works, done.stdout + done.stderr
-    return done
+    command = [*start, str(ROOT / "train.py"), *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def run(processes, folder, *settings, script=ROOT / "train.py"):
+def run(start, processes, folder, *settings):
+    """The global batch is 8 images, whatever the number of processes -> the rows of the log."""
     batch = f"train.batch_size_per_gpu={8 // processes}"
-    launch(processes, script, *SETTINGS, batch, "--output-dir", folder, *settings)
+    start(processes, *SETTINGS, batch, "--output-dir", folder, *settings)
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [r for r in rows if "loss" in r]
 
@@ -46,14 +50,14 @@ def difference(a, b):
 
 
 @pytest.fixture(scope="module", params=["sinkhorn_knopp", "centering"])
-def alone(request, tmp_path_factory):
+def alone(request, forked, tmp_path_factory):
     setting, folder = f"train.centering={request.param}", tmp_path_factory.mktemp("alone") / "run"
-    return setting, run(1, folder, setting, "train.checkpoint_every=10", "train.keep_last=9"), folder
+    return setting, run(forked, 1, folder, setting, "train.checkpoint_every=10", "train.keep_last=9"), folder
 
 
-def test_two_processes_are_one(alone, tmp_path):
+def test_two_processes_are_one(alone, forked, tmp_path):
     setting, expected, _ = alone
-    found = run(2, tmp_path / "run", setting, "speed.checkpointing=selective")
+    found = run(forked, 2, tmp_path / "run", setting, "speed.checkpointing=selective")
     assert len(found) == STEPS and difference(expected, found) < 1e-5
 
 
@@ -88,7 +92,7 @@ MUTES = {
 
 def main():
     dist.init("cpu")
-    args, cfg = train.arguments(sys.argv[1:])
+    args, cfg = train.arguments(argv)
     for centering, mutes in MUTES.items():
         cfg.train.centering = centering
         right = steps(cfg)
@@ -116,13 +120,13 @@ def agreement(cfg):
     assert all(torch.equal(a, p.to_local()) for a, p in zip(before, t.student.parameters()))
 
 config.run(main)
+sys.exit()  # instead of the run that would follow
 """
 
 
-def test_a_missing_collective_is_noticed(tmp_path):
+def test_a_missing_collective_is_noticed(nursery):
     """Each of them in turn is left out; the numbers of three steps must then be others."""
-    (tmp_path / "collectives.py").write_text(COLLECTIVES)
-    launch(2, tmp_path / "collectives.py", *SETTINGS, "train.batch_size_per_gpu=4")
+    nursery.run(*SETTINGS, "train.batch_size_per_gpu=4", "--output-dir", "unused", ranks=2, first=COLLECTIVES)
 
 
 def start_of(folder, target, step):
@@ -135,22 +139,24 @@ def start_of(folder, target, step):
     return target
 
 
-def test_resume_at_another_size(tmp_path):
+def test_resume_at_another_size(forked, tmp_path):
     """1 -> 2 -> 1 goes on as if nothing had happened; 2 -> 2 to the last bit."""
     half = ["train.checkpoint_every=10", "train.keep_last=9"]
-    whole = run(2, tmp_path / "two", *half)
+    whole = run(forked, 2, tmp_path / "two", *half)
     for processes in (1, 2):
-        again = run(processes, start_of(tmp_path / "two", tmp_path / f"to{processes}", 10), *half, "--resume")
+        again = run(
+            forked, processes, start_of(tmp_path / "two", tmp_path / f"to{processes}", 10), *half, "--resume"
+        )
         assert difference(whole, again) < 1e-5
     weights = [torch.load(tmp_path / x / "teacher.pth", weights_only=True)["teacher"] for x in ("two", "to2")]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     assert whole == again or [r["loss"] for r in whole] == [r["loss"] for r in again]
 
 
-def test_one_grows_to_two(alone, tmp_path):
+def test_one_grows_to_two(alone, forked, tmp_path):
     setting, expected, folder = alone
     half = [setting, "train.checkpoint_every=10", "train.keep_last=9", "--resume"]
-    assert difference(expected, run(2, start_of(folder, tmp_path / "grown", 10), *half)) < 1e-5
+    assert difference(expected, run(forked, 2, start_of(folder, tmp_path / "grown", 10), *half)) < 1e-5
 
 
 SHARES = """
@@ -160,7 +166,7 @@ from torch.distributed.tensor import DTensor
 
 def main():
     dist.init("cpu")
-    args, cfg = train.arguments(sys.argv[1:])
+    args, cfg = train.arguments(argv)
     t = train.Trainee(cfg)
     loader = train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu", 0, dist.rank(), 2)
     train.train_step(t, [next(loader)], schedule(cfg, 0, 2), cfg)
@@ -174,28 +180,34 @@ def main():
     dist.end()
 
 config.run(main)
+sys.exit()  # instead of the run that would follow
 """
 
 
-def test_each_rank_holds_its_share(tmp_path):
-    (tmp_path / "shares.py").write_text(SHARES)
-    launch(2, tmp_path / "shares.py", *SETTINGS, "train.batch_size_per_gpu=4")
+def test_each_rank_holds_its_share(nursery):
+    nursery.run(*SETTINGS, "train.batch_size_per_gpu=4", "--output-dir", "unused", ranks=2, first=SHARES)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_shards_too(dtype, tmp_path):
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=slow), "fp16"])
+def test_half_precision_shards_too(dtype, forked, tmp_path):
     """On two ranks, near the same run on one; in fp16 the first steps are spent on finding the loss scale."""
-    rows = [run(n, tmp_path / str(n), f"compute_precision.dtype={dtype}", "optim.epochs=0.6") for n in (1, 2)]
+    rows = [
+        run(forked, n, tmp_path / str(n), f"compute_precision.dtype={dtype}", "optim.epochs=0.6")
+        for n in (1, 2)
+    ]
     taken = 0 if dtype == "bf16" else 9  # steps from here on must be taken
     assert not any(r["skipped"] for half in rows for r in half[taken:])
     assert 0 < max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(*rows)) < 0.1
 
 
-@pytest.mark.parametrize("setting", ["speed.checkpointing=full", "speed.checkpointing=selective"])
-def test_checkpointing_changes_no_bit(setting, tmp_path):
+@pytest.mark.parametrize("setting", [pytest.param("full", marks=slow), "selective"])
+def test_checkpointing_changes_no_bit(setting, forked, tmp_path):
     """Drop path draws again what it drew in the forward pass."""
-    for name, extra in (("plain", []), ("saved", [setting])):
-        run(1, tmp_path / name, "student.drop_path_rate=0.3", "optim.epochs=0.3", *extra)
+    for name, extra in (("plain", []), ("saved", [f"speed.checkpointing={setting}"])):
+        run(forked, 1, tmp_path / name, "student.drop_path_rate=0.3", "optim.epochs=0.3", *extra)
     weights = [
         torch.load(tmp_path / x / "teacher.pth", weights_only=True)["teacher"] for x in ("plain", "saved")
     ]
@@ -204,28 +216,32 @@ def test_checkpointing_changes_no_bit(setting, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_blocks_agree(tmp_path):
-    plain = run(1, tmp_path / "plain", "optim.epochs=0.2")
+    plain = run(fresh, 1, tmp_path / "plain", "optim.epochs=0.2")
     for processes in (1, 2):  # alone, and inside of FSDP
         folder = tmp_path / str(processes)
-        assert difference(plain, run(processes, folder, "optim.epochs=0.2", "speed.compile=true")) < 1e-4
+        assert (
+            difference(plain, run(fresh, processes, folder, "optim.epochs=0.2", "speed.compile=true")) < 1e-4
+        )
 
 
 @pytest.mark.slow
 def test_kernels_under_fsdp(tmp_path, monkeypatch):
     """The Triton operators, interpreted, in sharded and selectively checkpointed blocks."""
     size = ["crops.global_crops_size=16", "crops.local_crops_size=8", "crops.local_crops_number=2"]
-    plain = run(1, tmp_path / "plain", "optim.epochs=0.2", *size)
+    plain = run(fresh, 1, tmp_path / "plain", "optim.epochs=0.2", *size)
     monkeypatch.setenv("NANODINO_KERNELS", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    ours = run(2, tmp_path / "ours", "optim.epochs=0.2", "speed.checkpointing=selective", *size)
+    ours = run(fresh, 2, tmp_path / "ours", "optim.epochs=0.2", "speed.checkpointing=selective", *size)
     assert json.loads((tmp_path / "ours" / "environment.json").read_text())["kernels"] == "triton"
     assert difference(plain, ours) < 1e-4
 
 
 @pytest.mark.slow
-def test_distillation_shards_too(tmp_path):
+def test_distillation_shards_too(forked, tmp_path):
     """The frozen teacher is sharded like the others; the student sees no masks on any rank."""
-    run(1, tmp_path / "large", "optim.epochs=0.2")
+    run(forked, 1, tmp_path / "large", "optim.epochs=0.2")
     recipe = [f"train.distill_from={tmp_path / 'large'}", "ibot.mask_sample_probability=1",
               "ibot.mask_ratio_min_max=[1, 1]"]  # fmt: skip
-    assert difference(*(run(n, tmp_path / str(n), *recipe, "optim.epochs=0.3") for n in (1, 2))) < 1e-5
+    assert (
+        difference(*(run(forked, n, tmp_path / str(n), *recipe, "optim.epochs=0.3") for n in (1, 2))) < 1e-5
+    )

@@ -13,26 +13,21 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from nursery import ENVIRONMENT, ROOT, free_port, kill_all
 
 import checkpoint
 
-ROOT = Path(__file__).parent.parent
 STEPS = 14  # of eight images, by one process or by two
 SETTINGS = ["--model", "debug", "train.dataset_path=scenes:60:seed=3", "train.log_every=1",
             f"train.OFFICIAL_EPOCH_LENGTH={STEPS}", "optim.epochs=1", "optim.warmup_epochs=0.2",
             "optim.freeze_last_layer_epochs=0.1", "teacher.warmup_teacher_temp_epochs=0.5",
             "student.drop_path_rate=0", "crops.local_crops_number=2", "dino.koleo_group=4",
             "evaluation.train_path=", "evaluation.test_path="]  # fmt: skip
-# Else torchrun keeps one store for all attempts: a second one finds the addresses of the first in it, and a
-# node that comes back is never told where the others meet.
-AGENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **AGENT}
 linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 
 
@@ -88,90 +83,11 @@ def intact(folder):
     return state["step"]
 
 
-# A line of JSON is an order: code to run first, the command line of a run, how many ranks, and their port.
-NURSERY = """
-import json, os, sys, torch
-import config, train
-torch.set_num_threads(1)  # a pool of threads would not survive the fork
-for line in sys.stdin:
-    first, argv, ranks, port = json.loads(line)
-    children = []
-    for rank in range(ranks):
-        children += [os.fork()]
-        if not children[-1]:
-            os.dup2(2, 1)
-            if ranks > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
-                                  MASTER_ADDR="localhost", MASTER_PORT=str(port))
-            exec(first)
-            config.run(lambda: train.main(argv))
-    print(json.dumps(children), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children]), flush=True)
-"""
-
-
-def kill_all(pids):
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-
-class Nursery:
-    """One process that has imported everything; `start` forks a run from it, `end` waits for its codes."""
-
-    def __init__(self, log):
-        self.log, self.file = log, open(log, "w")  # noqa: SIM115
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.file, text=True)
-        self.parent = subprocess.Popen([sys.executable, "-c", NURSERY], env=ENVIRONMENT, **pipes)
-
-    def start(self, *argv, first="", ranks=1):
-        order = [first, [*SETTINGS, *map(str, argv)], ranks, free_port()]
-        self.before = len(self.log.read_text())
-        print(json.dumps(order), file=self.parent.stdin, flush=True)
-        self.children = json.loads(self.parent.stdout.readline())
-        return self.children
-
-    def said(self):
-        """What the last run has printed."""
-        return self.log.read_text()[self.before :]
-
-    def end(self, limit=90):
-        patience = threading.Timer(limit, kill_all, [self.children])
-        patience.start()
-        codes = json.loads(self.parent.stdout.readline())
-        patience.cancel()
-        return codes
-
-    def run(self, *argv, **how):
-        self.start(*argv, **how)
-        codes = self.end()
-        assert not any(codes), self.said()[-2000:]
-
-    def close(self):
-        self.parent.communicate()
-        self.file.close()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery") / "log")
-    yield nursery
-    nursery.close()
-
-
 @pytest.fixture(scope="module")
 def expected(nursery, tmp_path_factory):
     """The rows of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("expected") / "run"
-    nursery.run("--output-dir", folder, "train.checkpoint_every=0")
+    nursery.run(*SETTINGS, "--output-dir", folder, "train.checkpoint_every=0")
     return rows(folder)
 
 
@@ -191,12 +107,14 @@ def saving(folder):
 def test_kill_9_at_random_moments_loses_no_saved_step(moments, nursery, tmp_path):
     """A run that saves every step, killed again and again: while it starts, steps, saves, prunes."""
     draw, length, folder = random.Random(moments), f"optim.epochs={5 * moments / STEPS}", tmp_path / "run"
-    nursery.run("--output-dir", tmp_path / "whole", length, "train.checkpoint_every=0")
+    nursery.run(*SETTINGS, "--output-dir", tmp_path / "whole", length, "train.checkpoint_every=0")
     saved = 0
     for i in range(moments):
         before, when = last_step(folder), ("stepping", "saving", "starting", "stepping", "saving")[i % 5]
         moment = draw.uniform(0, dict(starting=0.6, stepping=0.25, saving=0.1)[when])
-        child = nursery.start("--output-dir", folder, length, "train.checkpoint_every=1", "--resume")[0]
+        child = nursery.start(
+            *SETTINGS, "--output-dir", folder, length, "train.checkpoint_every=1", "--resume"
+        )[0]
         if when != "starting":
             wait_for(lambda before=before: last_step(folder) > before)
         if when == "saving":
@@ -208,7 +126,7 @@ def test_kill_9_at_random_moments_loses_no_saved_step(moments, nursery, tmp_path
         logged, saved = last_step(folder), intact(folder)
         print(f"killed after {moment:.3f} s of {when}: {logged=} {saved=}")
         assert saved >= logged - IN_FLIGHT
-    nursery.run("--output-dir", folder, length, "train.checkpoint_every=0", "--resume")
+    nursery.run(*SETTINGS, "--output-dir", folder, length, "train.checkpoint_every=0", "--resume")
     assert steps_told(nursery.said())[0] == saved + 1
     assert_undisturbed(folder, rows(tmp_path / "whole"))
     assert not different(weights(folder), weights(tmp_path / "whole"))
@@ -231,9 +149,9 @@ os.replace = replace
 def test_killed_before_the_last_teacher_is_written(nursery, tmp_path):
     """The last checkpoint is there, so nothing is left to train; but the file is of an older step."""
     folder, short = tmp_path / "run", [f"optim.epochs={6 / STEPS}", "train.checkpoint_every=3"]
-    nursery.start("--output-dir", folder, *short, first=LAST_WRITE)
+    nursery.start(*SETTINGS, "--output-dir", folder, *short, first=LAST_WRITE)
     assert nursery.end() == [-signal.SIGKILL] and last_step(folder) == 6
-    nursery.run("--output-dir", folder, *short, "--resume")
+    nursery.run(*SETTINGS, "--output-dir", folder, *short, "--resume")
     found = weights(folder)
     saved = {k: torch.zeros_like(v) for k, v in found.items()}
     checkpoint.restore(folder / "checkpoints" / "step_00000006", {"teacher": saved})
@@ -256,13 +174,13 @@ train.train_step = train_step
 def test_a_disk_that_fills_up_stops_a_run_with_a_sentence(nursery, tmp_path):
     """The checkpoints before it are good: with room again, the run goes on from the last."""
     folder, short = tmp_path / "run", [f"optim.epochs={8 / STEPS}", "train.checkpoint_every=2"]
-    nursery.start("--output-dir", folder, *short, first=FULL)
+    nursery.start(*SETTINGS, "--output-dir", folder, *short, first=FULL)
     assert nursery.end() == [1]
     last = nursery.said().splitlines()[-1]
     assert last.startswith("error: ") and "could not be written" in last and "make room" in last
     assert intact(folder) in (2, 4)  # that of step 4 may have been on its way
     assert all(p.name.startswith("step_") for p in (folder / "checkpoints").iterdir())
-    nursery.run("--output-dir", folder, *short, "--resume")
+    nursery.run(*SETTINGS, "--output-dir", folder, *short, "--resume")
     assert [r["step"] for r in rows(folder)] == list(range(1, 9)) and (folder / "result.json").exists()
 
 
@@ -337,7 +255,7 @@ def test_sigterm_to_torchrun_stops_both_ranks_at_one_step(expected, nursery, sta
     said, step = log.read_text(), last_step(folder)
     assert said.count("stopped at step") == 1 and f"stopped at step {step} of {STEPS}" in said
     assert 3 <= step < STEPS and intact(folder) == step and not (folder / "result.json").exists()
-    nursery.run("--output-dir", folder, "train.checkpoint_every=0", "--resume")
+    nursery.run(*SETTINGS, "--output-dir", folder, "train.checkpoint_every=0", "--resume")
     assert steps_told(nursery.said())[0] == step + 1
     assert_undisturbed(folder, expected)
 
@@ -388,7 +306,9 @@ Scenes.__getitem__ = read
 
 def test_a_rank_that_sees_only_bad_images_leaves_nobody_waiting(nursery, tmp_path):
     """A rank that waits in a collective for one that has given up notices that it is gone."""
-    nursery.start("--output-dir", tmp_path / "run", "train.batch_size_per_gpu=4", first=BLIND, ranks=2)
+    nursery.start(
+        *SETTINGS, "--output-dir", tmp_path / "run", "train.batch_size_per_gpu=4", first=BLIND, ranks=2
+    )
     assert nursery.end(limit=60) == [1, 1]
     said = nursery.said()
     assert "ten images in a row cannot be read" in said and "only here" in said
