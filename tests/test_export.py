@@ -405,14 +405,36 @@ def test_against_transformers(kw, tmp_path):
     cls = transformers.Dinov2WithRegistersModel if m.num_register_tokens else transformers.Dinov2Model
     theirs, info = cls.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
-    for side in (m.arch["img_size"], *([5 * m.patch_size] if m.num_register_tokens else [])):
-        x = torch.randn(2, 3, side, side)
+    same_as_theirs(theirs, m)
+
+
+def same_as_theirs(theirs, m):
+    """At the native size always; at others, and not square, where positions are interpolated alike: with
+    registers (without, ours has the released offset of 0.1, theirs none)."""
+    p, native = m.patch_size, m.arch["img_size"]
+    for h, w in ((native, native), *(((5 * p, 5 * p), (3 * p, 7 * p)) if m.num_register_tokens else [])):
+        x = torch.randn(2, 3, h, w)
         with torch.no_grad():
             out, tokens = theirs.eval()(x).last_hidden_state, m(x)
         ours = torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], 1)
         torch.testing.assert_close(out, ours, rtol=0, atol=1e-5)
-    theirs.save_pretrained(tmp_path / "theirs")
-    same_features(m, load_backbone(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("swiglu", [False, True], ids=["mlp", "swiglu"])
+def test_models_made_by_transformers(registers, swiglu, tmp_path):
+    """The other direction: theirs are drawn at random, saved by them, and read here."""
+    transformers = pytest.importorskip("transformers")
+    kind = "Dinov2WithRegisters" if registers else "Dinov2"
+    shape = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, image_size=24, patch_size=4,
+                 use_swiglu_ffn=swiglu)  # fmt: skip
+    shape |= dict(num_register_tokens=registers) if registers else {}
+    theirs = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**shape))
+    with torch.no_grad():
+        for x in theirs.parameters():
+            x += 0.1 * torch.randn(x.shape)
+    theirs.save_pretrained(tmp_path / "model")
+    same_as_theirs(theirs, load_backbone(tmp_path / "model"))
 
 
 @kinds
