@@ -7,7 +7,7 @@ The .npz holds `cls` (n, D), `registers` (n, R, D), `patches` (n, N, D), `labels
 does not decode is named, listed under `bad`, and left out. Stop it and start it again: it goes on.
 
 What is unusual here: rows are appended to plain files beside the .npz, so memory does not grow with the
-number of images, and a killed run loses at most the last batch. The read-out of foreground against background
+number of images, and a killed run loses the last seconds. The read-out of foreground against background
 is ridge regression in closed form (no learning rate to choose), good enough to compare backbones while they
 train.
 """
@@ -16,7 +16,9 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import shutil
+import time
 import zipfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,6 +39,7 @@ from runfolder import in_one_act, replace
 from weights import download, released
 
 CACHE_BYTES = 512 * 2**20  # evaluation images up to this total are decoded once and kept
+SAVE_EVERY = 10  # seconds of work that a killed job may have to do again
 NARROW = 32  # a picture longer than that many times its width shows nothing to a patch
 GREY = (124, 116, 104)  # ImageNet's mean colour: zero for the network
 
@@ -72,18 +75,20 @@ def open_weights(source, fetch=False):
     if untrained and stem:  # nothing needs to be on the disk
         import hubconf
 
+        torch.manual_seed(0)
         backbone = getattr(hubconf, stem.removeprefix("dinov2_").replace("reg4", "reg"))()
+    elif untrained:
+        backbone = random_twin(load_backbone(name), cfg)
     else:
         backbone = load_backbone(name)
-    if untrained:
-        backbone = random_twin(backbone, cfg)
     return backbone.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False), cfg
 
 
 def random_twin(backbone, cfg, seed=0):
     """The same network, untrained: the floor that every number must be compared with."""
     torch.manual_seed(seed)
-    return VisionTransformer(**backbone.arch, init_std=cfg.student.init_std).eval()
+    twin = VisionTransformer(**backbone.arch, init_std=cfg.student.init_std)
+    return twin.to(backbone.norm.weight.device).eval()
 
 
 # ---------------------------------------------------------------- images
@@ -242,18 +247,23 @@ def extract_to(out, backbone, images, parts=PARTS, dtype="float32", batch_size=6
         files = {k: stack.enter_context(open(work / k, "ab")) for k in columns}
         for k, (kind, shape) in columns.items():  # a torn batch is done again
             files[k].truncate(done["rows"] * kind.itemsize * math.prod(shape))
+        saved = time.monotonic()
         for x, y, numbers in batches(images, batch_size, num_workers, done["read"]):
             rows = backbone(normalize(x.to(device)))._asdict() if len(x) else {}
             rows |= dict(labels=y, numbers=torch.tensor(numbers, dtype=torch.int64))
             for k, (kind, _) in columns.items():
                 if k in rows:
                     files[k].write(np.ascontiguousarray(rows[k].cpu().numpy(), kind))
-                    files[k].flush()
             read = min(done["read"] + batch_size, len(images))
             bar.update(read - done["read"])
             bad = [why for i, why in images.bad.items() if i >= done["read"]]
             done |= dict(read=read, rows=done["rows"] + len(y), bad=done["bad"] + bad)
-            replace(state, json.dumps(done))
+            if read == len(images) or time.monotonic() - saved > SAVE_EVERY:
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+                replace(state, json.dumps(done))
+                saved = time.monotonic()
     pack(out, work, columns, done, images)
     shutil.rmtree(work)
     return done

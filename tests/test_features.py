@@ -1,14 +1,30 @@
-"""Frozen features: extraction, evaluation sets, the linear read-out, and the PCA picture."""
+"""Frozen features: images of any kind, extraction, the .npz, evaluation sets, and the linear read-out."""
 
+import sys
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import config
+import features
 from config import UserError
-from data import normalize
+from data import BadImage, normalize, open_source
 from eval_knn import eval_sets, knn_pixels
-from features import EvalImages, extract, foreground_miou, preprocess, ridge
+from features import (
+    EvalImages,
+    batches,
+    extract,
+    extract_to,
+    fit,
+    foreground_miou,
+    open_photos,
+    open_weights,
+    photo,
+    preprocess,
+    ridge,
+)
 from model import VisionTransformer
 from scenes import Scenes
 from visualize import pca_colors, pca_sheet
@@ -32,6 +48,92 @@ def test_preprocess_gives_a_square_of_the_middle(size):
     assert preprocess(Image.new("RGB", size), 28, 32).shape == (3, 28, 28)
 
 
+@pytest.mark.parametrize("how", ["crop", "resize", "pad"])
+def test_preprocess_keeps_what_it_says(how):
+    """A white picture with a red right edge: cropped it is gone, squeezed and padded it stays."""
+    image = Image.new("RGB", (90, 30), "white")
+    image.paste((255, 0, 0), (80, 0, 90, 30))
+    x = preprocess(image, 28, 28, how)
+    assert x.shape == (3, 28, 28) and x.dtype == torch.uint8
+    red = (x[0] > 200) & (x[1] < 60)
+    assert red.any() == (how != "crop")
+    grey = (x == torch.tensor(features.GREY)[:, None, None]).all(0)
+    assert grey[-1].all() == (how == "pad") and not grey[0].any()
+
+
+@pytest.mark.parametrize("size", [(37, 500), (14, 14), (3, 5), (1000, 701)])
+@pytest.mark.parametrize("side", [0, 56])
+def test_fit_stretches_by_half_a_patch_at_most(size, side):
+    _, height, width = fit(Image.new("RGB", size), 14, side).shape
+    scale = side / min(size) if side else 1
+    for new, old in ((width, size[0] * scale), (height, size[1] * scale)):
+        assert new % 14 == 0 and (abs(new - old) <= 7.5 or new == 14)
+
+
+def test_fit_leaves_alone_what_fits():
+    x = torch.randint(0, 256, (28, 42, 3), dtype=torch.uint8)
+    assert torch.equal(fit(Image.fromarray(x.numpy()), 14), x.permute(2, 0, 1))
+
+
+def test_a_photo_of_any_mode_and_no_thread(tmp_path):
+    for mode in ("L", "RGBA", "P", "I;16", "CMYK"):
+        Image.new(mode, (20, 30)).save(tmp_path / f"{mode[0]}.{'tif' if mode == 'CMYK' else 'png'}")
+    Image.new("RGB", (1, 20_000)).save(tmp_path / "thread.png")
+    photos = open_photos([str(tmp_path)])
+    read = []
+    for i in range(len(photos)):
+        if "thread" in photos.name(i):
+            with pytest.raises(BadImage, match="thread.png: 1 x 20000 pixels, more than 32 times"):
+                photo(photos, i)
+        else:
+            read.append(photo(photos, i)[0])
+    assert [(x.mode, x.size) for x in read] == 5 * [("RGB", (20, 30))]
+
+
+def test_photos_of_the_command_line(tmp_path):
+    pictures(tmp_path / "a", 3)
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    photos = open_photos([str(tmp_path / "one.png"), str(tmp_path / "a")])
+    assert [photos.name(i)[len(str(tmp_path)) :] for i in range(4)] == [
+        "/one.png",
+        "/a/0.png",
+        "/a/1.png",
+        "/a/2.png",
+    ]
+    assert len(open_photos(["scenes:5"])) == 5 and len(open_photos([f"folder:{tmp_path}"])) == 4
+    for wrong, said in (
+        ([str(tmp_path / "two.png")], "two.png does not exist"),
+        (["scnes:5"], "scenes:10000"),
+    ):
+        with pytest.raises(UserError, match=said):
+            open_photos(wrong)
+
+
+def test_weights_by_one_flag(tmp_path):
+    """A released name needs no file when it is to be random; the same seed gives the same network."""
+    a, cfg = open_weights("random:dinov2_vits14_reg4")
+    assert (a.embed_dim, a.num_register_tokens, a.patch_size) == (384, 4, 14)
+    assert (cfg.evaluation.image_size, cfg.evaluation.resize_size) == (224, 256)
+    m = tiny()
+    m.pos_embed.data += 1  # as if trained
+    torch.save({"teacher": m.state_dict(), "arch": {"num_heads": 2}}, tmp_path / "t.pth")
+    trained, twin = (open_weights(f"{x}{tmp_path / 't.pth'}")[0] for x in ("", "random:"))
+    assert torch.equal(trained.pos_embed, m.pos_embed) and trained.arch == twin.arch
+    again = open_weights(f"random:{tmp_path / 't.pth'}")[0]
+    assert torch.equal(twin.pos_embed, again.pos_embed) and twin.pos_embed.abs().max() < 1
+    with pytest.raises(UserError, match="nowhere"):
+        open_weights("random:nowhere")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_name_what_they_leave_out(workers, tmp_path):
+    pictures(tmp_path / "a", 5, bad=2)  # 0 1 2 3 4 bad0 bad1
+    images = EvalImages(open_source(f"folder:{tmp_path}"), 32)
+    seen = [(len(x), y.tolist(), n) for x, y, n in batches(images, 2, workers, start=1)]
+    assert seen == [(2, [0, 0], [1, 2]), (2, [0, 0], [3, 4]), (0, [], [])]
+    assert sorted(images.bad) == [5, 6] and "bad0.png" in images.bad[5]
+
+
 def test_extract_is_the_backbone_and_leaves_its_mode_alone():
     m, images = tiny().train(), EvalImages(Scenes(7, 0, 32), 32)
     cls, labels, patches = extract(m, images, batch_size=3, patches=True)
@@ -45,15 +147,11 @@ def test_extract_is_the_backbone_and_leaves_its_mode_alone():
 def test_limit_is_spread_over_all_classes(tmp_path):
     for name in "abcd":
         pictures(tmp_path / name, 10)
-    from data import open_source
-
     images = EvalImages(open_source(f"folder:{tmp_path}"), 32, limit=4)
     assert [images[i][1] for i in range(4)] == [0, 1, 2, 3]
 
 
 def test_a_bad_image_is_left_out_and_named(tmp_path):
-    from data import open_source
-
     pictures(tmp_path / "a", 3, bad=1)
     images = EvalImages(open_source(f"folder:{tmp_path}"), 32)
     cls, labels, _ = extract(tiny(), images)
@@ -83,6 +181,108 @@ def test_pixels_find_what_pixels_can_find(tmp_path):
         pictures(tmp_path / name, 6, first=200 * i)
     bank, queries = sets(f"folder:{tmp_path}", f"folder:{tmp_path}")
     assert knn_pixels(bank, queries, ks=(1,)) == {1: 1.0}
+
+
+# ---- the .npz
+
+
+def job(tmp_path, **how):
+    if not (tmp_path / "photos").exists():
+        pictures(tmp_path / "photos", 9, bad=1)
+    images = EvalImages(open_photos([str(tmp_path / "photos")]), 32, **how)
+    return dict(out=tmp_path / "f.npz", images=images, batch_size=2)
+
+
+def test_the_file_holds_the_tokens(tmp_path):
+    """Rows of what decodes, in order; the names of what does not; nothing is left beside the file."""
+    done = extract_to(backbone=tiny(), **job(tmp_path))
+    f, good = np.load(tmp_path / "f.npz"), [i for i in range(10) if i != 9]
+    images = EvalImages(open_photos([str(tmp_path / "photos")]), 32)
+    with torch.no_grad():
+        expected = tiny()(normalize(torch.stack([images[i][0] for i in good])))
+    for name, x in expected._asdict().items():
+        np.testing.assert_allclose(f[name], x.numpy(), atol=1e-5)
+    assert f["paths"].tolist() == [str(tmp_path / f"photos/{i}.png") for i in good]
+    assert f["labels"].tolist() == 9 * [-1] and done["rows"] == 9
+    assert len(f["bad"]) == 1 and "bad0.png" in str(f["bad"][0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.npz", "photos"]
+
+
+def test_half_the_bytes_and_fewer_parts(tmp_path):
+    extract_to(backbone=tiny(), parts=("cls", "patches"), dtype="float16", **job(tmp_path))
+    f = np.load(tmp_path / "f.npz")
+    assert (
+        sorted(f.files) == ["bad", "cls", "labels", "patches", "paths"] and f["patches"].dtype == np.float16
+    )
+    assert f["patches"].shape == (9, 16, 32) and np.isfinite(f["patches"]).all()
+
+
+class Dying(torch.nn.Module):
+    """A backbone whose process is killed on its third batch."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.inner, self.calls, self.arch = backbone, 0, backbone.arch
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 3:
+            raise KeyboardInterrupt
+        return self.inner(x)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(features, "SAVE_EVERY", 0)
+
+
+def test_a_killed_job_goes_on_where_it_was(tmp_path, at_once):
+    extract_to(backbone=tiny(), **job(tmp_path))
+    whole = dict(np.load(tmp_path / "f.npz"))
+    (tmp_path / "f.npz").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        extract_to(backbone=Dying(tiny()), **job(tmp_path))
+    assert not (tmp_path / "f.npz").exists()
+    with open(tmp_path / "f.npz.partial" / "cls", "ab") as f:
+        f.write(b"torn")  # as much of the third batch as reached the disk
+    counted = Dying(tiny())
+    counted.calls = 3  # never again the third
+    extract_to(backbone=counted, **job(tmp_path))
+    assert counted.calls == 3 + 3  # two batches were done, the last has no readable image
+    again = np.load(tmp_path / "f.npz")
+    assert all(np.array_equal(again[k], whole[k]) for k in whole) and set(again.files) == set(whole)
+
+
+def test_another_job_does_not_go_on_there(tmp_path, at_once):
+    with pytest.raises(KeyboardInterrupt):
+        extract_to(backbone=Dying(tiny()), **job(tmp_path))
+    other = tiny()
+    other.norm.weight.data += 1
+    for backbone, how in ((other, {}), (tiny(), dict(how="pad"))):
+        with pytest.raises(UserError, match="f.npz.partial was begun with other images, weights or options"):
+            extract_to(backbone=backbone, **job(tmp_path, **how))
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    pictures(tmp_path / "photos", 4, bad=1)
+    torch.save({"teacher": tiny().state_dict(), "arch": {"num_heads": 2}}, tmp_path / "t.pth")
+    out = tmp_path / "f.npz"
+    argv = ["features.py", str(tmp_path / "photos"), "--weights", str(tmp_path / "t.pth"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*argv, "--size", "48", "--fit", "pad"])
+    features.main()
+    said = capsys.readouterr().out
+    assert "5 images, each long side to 48, padded to 48 x 48" in said and "left out:" in said
+    assert np.load(out)["patches"].shape == (4, 36, 32)
+    for extra, message in (
+        (["--size", "50"], "50 is no multiple of the patch of 8"),
+        (["--parts", "cls,clss"], "cls,clss"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*argv, *extra])
+        with pytest.raises(UserError, match=message):
+            features.main()
 
 
 def test_ridge_finds_a_linear_rule():
