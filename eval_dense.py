@@ -2,8 +2,8 @@
 
     python eval_dense.py --task seg                       # the laptop run, on scenes: their masks are exact
     python eval_dense.py --task depth --layers 4
-    python eval_dense.py --task seg --train pairs:camvid/train/images:camvid/train/masks --size 96 \
-        --test pairs:camvid/test/images:camvid/test/masks --classes 11 --ignore 11 --out runs/camvid
+    python eval_dense.py --task seg --train pairs:train/images:train/masks --test pairs:test/images:test/masks
+        --classes 11 --ignore 11 --size 96 --out runs/camvid     # one line: your own folders; here CamVid
     python eval_dense.py --task seg --head runs/camvid/head.pth --predict photo.jpg --out mask.png
 
 Prints mIoU, or RMSE and delta1 (the share of pixels less than a factor of 1.25 off), beside the same head on
@@ -230,6 +230,7 @@ def read_head(path, job, backbone):
         file = torch.load(path, map_location="cpu", weights_only=True)
         tensors, about = file.get("state_dict", file), file.get("about", {})
         outputs, width = tensors[name].shape[:2]
+        there = {k: list(v.shape) for k, v in tensors.items()}
     except Exception as e:  # no such file, a web page, a pickle that wants to run code, another head ...
         raise UserError(f"{what} ({type(e).__name__}: {e})") from None
     one = backbone.arch["embed_dim"] * (2 if job.task == "depth" else 1)
@@ -237,7 +238,7 @@ def read_head(path, job, backbone):
         has = f"{describe(backbone)} has {one}, or {4 * one} with 4 layers"
         raise UserError(f"{path} wants features of width {width}, but this {has}: name its own --weights")
     head = new_head(job.task, width, outputs).eval()
-    here, there = ({k: list(v.shape) for k, v in x.items()} for x in (head.state_dict(), tensors))
+    here = {k: list(v.shape) for k, v in head.state_dict().items()}
     there |= {k: [] for k in here if k.endswith("num_batches_tracked")}
     if wrong := [k for k in here | there if here.get(k) != there.get(k)]:
         raise UserError(f"{what}: {wrong[0]} is {there.get(wrong[0])} there, not {here.get(wrong[0])}")
@@ -398,7 +399,7 @@ def predict(features, head, image, out):
     if job.task == "seg":
         wheel = [colorsys.hsv_to_rgb(0.618 * k % 1, 0.8, 1 - 0.2 * (k % 3)) for k in range(1, len(job.names))]
         colours = np.array([(0.1, 0.1, 0.1), *wheel]) * 255  # the first class is often background: dark
-        picture = (np.asarray(image) + colours[label]) / 2
+        picture = 0.4 * np.asarray(image.convert("L"))[..., None] + 0.6 * colours[label]
         values = (label + (job.ignore == 0)).numpy().astype(np.uint8 if len(job.names) < 256 else np.uint16)
         shares = sorted(zip(label.flatten().bincount() / label.numel(), job.names), reverse=True)
         said = ", ".join(f"{name} {share:.0%}" for share, name in shares[:8] if share > 0.005)
@@ -431,7 +432,7 @@ def arguments(argv=None):
     add("--test", default="scenes:200:seed=21", help="the same, for the score")
     add("--classes", type=int, default=0, help="how many the masks have")
     add("--ignore", type=int, default=255, help="the label that is void; if it is 0, the first class is 1")
-    add("--depth-range", type=float, nargs=2, default=[0.001, 10.0], metavar=("MIN", "MAX"), help="in metres")
+    add("--depth-range", type=float, nargs=2, default=[0.001, 10.0], help="metres (KITTI: 0.001 80)")
     add("--depth-scale", type=float, default=1000.0, help="what one metre is in a 16-bit PNG (KITTI: 256)")
     add("--layers", type=int, choices=(1, 4), default=1, help="features of how many blocks")
     add("--size", type=int, default=0, help="short side that is seen, in pixels (default: the run's, or 224)")
@@ -439,10 +440,7 @@ def arguments(argv=None):
     add("--iterations", type=int, default=0, help="of training (default: 1000, for depth 600)")
     add("--batch-size", type=int, default=16, help="images of an iteration")
     add(
-        "--lr",
-        type=float,
-        default=0.0,
-        help="of AdamW (default: 1 / width of the features, for depth 2 / width)",
+        "--lr", type=float, default=0.0, help="of AdamW (default: 1, depth 2, over the width of the features)"
     )
     add("--seed", type=int, default=0, help="of the head, the order of images and the random network")
     add("--head", type=Path, help="use this one (default for --predict: runs/dense_TASK/head.pth)")
@@ -488,6 +486,8 @@ def report(rows, job, sets):
 def main(argv=None):
     job, head, about, outputs = arguments(argv), None, None, 0
     photos = open_photos([job.predict]) if job.predict else None
+    if photos and len(photos) > 1:
+        raise UserError(f"--predict wants one image, and {job.predict} holds {len(photos)}")
     backbone, cfg = open_weights(job.weights, job.download)
     folder = Path("runs") / f"dense_{job.task}"
     if job.head or photos:
