@@ -439,9 +439,7 @@ def arguments(argv=None):
     add("--window", type=int, default=0, help="of longer images, side in pixels (default: twice --size)")
     add("--iterations", type=int, default=0, help="of training (default: 1000, for depth 600)")
     add("--batch-size", type=int, default=16, help="images of an iteration")
-    add(
-        "--lr", type=float, default=0.0, help="of AdamW (default: 1, depth 2, over the width of the features)"
-    )
+    add("--lr", type=float, default=0.0, help="of AdamW (default: 1, depth 2, over the features' width)")
     add("--seed", type=int, default=0, help="of the head, the order of images and the random network")
     add("--head", type=Path, help="use this one (default for --predict: runs/dense_TASK/head.pth)")
     add("--predict", metavar="IMAGE", help="write what the head says of it as a picture")
