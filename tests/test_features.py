@@ -27,7 +27,6 @@ from features import (
 )
 from model import VisionTransformer
 from scenes import Scenes
-from visualize import pca_colors, pca_sheet
 
 
 def tiny():
@@ -317,16 +316,3 @@ def test_foreground_miou_knows_good_from_useless():
     blind = Oracle(scenes)
     blind.share = torch.rand_like(blind.share)
     assert foreground_miou(blind, scenes, 64) < 0.5
-
-
-def test_pca_colours_are_stable_and_in_range():
-    patches = torch.randn(4, 16, 12)
-    colors = pca_colors(patches)
-    assert colors.shape == (4, 16, 3) and colors.min() >= 0 and colors.max() <= 1
-    torch.testing.assert_close(pca_colors(patches @ torch.eye(12)), colors)
-
-
-def test_pca_sheet_has_a_row_per_backbone():
-    images = torch.stack([x for x, _ in EvalImages(Scenes(3, 0, 32), 32)])
-    sheet = pca_sheet([tiny(), tiny()], images, side=50)
-    assert sheet.size == (3 * 54 - 4, 3 * 54 - 4)

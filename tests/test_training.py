@@ -20,7 +20,6 @@ import config
 import data
 import eval_knn
 import train
-import visualize
 from config import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -145,14 +144,6 @@ def test_eval_knn_reads_a_run_folder(reference, monkeypatch, capsys):
     names = ["this backbone", "random initialisation", "raw pixels", "chance"]
     assert [line[:22].strip() for line in lines[2:6]] == names
     assert all(0 <= float(x) <= 1 for line in lines[2:6] for x in line[22:].split())
-
-
-def test_visualize_draws_a_sheet(reference, tmp_path, monkeypatch):
-    out = str(tmp_path / "pca.png")
-    argv = ["visualize.py", str(reference[0]), "--data", "scenes:9", "--count", "3", "--out", out]
-    monkeypatch.setattr(sys, "argv", argv)
-    visualize.main()
-    assert Image.open(out).size == (3 * 132 - 4, 3 * 132 - 4)
 
 
 def test_second_run_takes_a_folder_of_its_own(tmp_path, monkeypatch):
