@@ -436,7 +436,7 @@ def arguments():
     args = parser.parse_intermixed_args()
     for flag in ("against", "per_image", "foreground"):
         if getattr(args, flag) and flag not in FLAGS.get(args.what, ""):
-            raise UserError(f"--{flag.replace('_', '-')} is nothing for {args.what}: leave it away")
+            raise UserError(f"--{flag.replace('_', '-')} is nothing for {args.what}: leave it out")
     if args.what == "registers" and not args.against:
         raise UserError("registers compares two backbones: name the other with --against")
     args.out, args.count = args.out or Path(f"{args.what}.png"), args.count or COUNT[args.what]

@@ -113,7 +113,7 @@ class Oracle(torch.nn.Module):
         self.weight, self.seen, self.useless = torch.nn.Parameter(torch.zeros(1)), -1, useless
 
     def forward(self, images):
-        self.seen += 1
+        self.seen = min(self.seen + 1, len(self.share) - 1)
         share = torch.rand(1, 256) if self.useless else self.share[self.seen : self.seen + 1]
         tokens = torch.stack([share, share / 2, torch.rand(1, 256) / 20], -1)
         return Tokens(tokens[:, 0], tokens[:, :0], tokens)
@@ -136,18 +136,10 @@ def test_background_is_grey_and_spends_no_colours():
     (picture,) = pca_row(Oracle(scenes), [x], side=16)  # a pixel for each patch
     assert not (np.array(picture) == visualize.GREY).all(-1).any()
     oracle = Oracle(scenes)
-    oracle.forward = lambda images, seen=0: (
-        Oracle.forward(oracle, images) if oracle.seen < 0 else last(oracle)
-    )
     (picture,) = pca_row(oracle, [x], side=16, cut_out=True)
     grey = (np.array(picture) == visualize.GREY).all(-1).flatten()
     share = oracle.share[0].numpy()
     assert grey[share == 0].mean() > 0.8 and grey[share == 1].mean() < 0.2
-
-
-def last(oracle):
-    oracle.seen -= 1
-    return Oracle.forward(oracle, None)
 
 
 # ---- attention
