@@ -72,6 +72,7 @@ def open_weights(source, fetch=False):
     else:
         cfg = config.load()
         cfg.evaluation.image_size, cfg.evaluation.resize_size = 224, 256
+        cfg.train.num_workers = min(cfg.train.num_workers, (os.cpu_count() or 1) // 2)
     if untrained and stem:  # nothing needs to be on the disk
         import hubconf
 
@@ -269,9 +270,9 @@ def extract_to(out, backbone, images, parts=PARTS, dtype="float32", batch_size=6
     return done
 
 
-def fingerprint(backbone, images, columns):
-    """What a half-done job must agree in: a hash of weights, names of images, their size, and the columns."""
-    about = (images.size, images.resize, images.how, len(images), columns)
+def fingerprint(backbone, images, options):
+    """What a half-done job must agree in: a hash of weights, names of images, their size, and the options."""
+    about = (images.size, images.resize, images.how, len(images), options)
     digest = hashlib.sha256(repr(about).encode())
     for name, x in backbone.state_dict().items():
         some = x.flatten()[:: max(x.numel() // 512, 1)]

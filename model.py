@@ -244,7 +244,7 @@ class VisionTransformer(nn.Module):
         """(T, D) -> Tokens per group."""
         R = self.num_register_tokens
         parts = x.split([b * n for b, n in groups])
-        parts = [part.view(b, n, -1) for part, (b, n) in zip(parts, groups, strict=True)]
+        parts = [part.view(b, n, self.embed_dim) for part, (b, n) in zip(parts, groups, strict=True)]
         return [Tokens(part[:, 0], part[:, 1 : 1 + R], part[:, 1 + R :]) for part in parts]
 
     def attention_maps(self, images, layer=-1):

@@ -1,13 +1,19 @@
 """Weighted k-NN against the authors' (tests/golden), and the command."""
 
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_model import close
 
-from eval_knn import chance, knn_accuracy, knn_scores
+import eval_knn
+from config import UserError
+from eval_knn import calibration, chance, knn_accuracy, knn_scores, reliability_plot, vote
+from model import VisionTransformer
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -25,3 +31,78 @@ def test_accuracy_and_small_banks():
     x, y = torch.eye(4).repeat(3, 1), torch.arange(4).repeat(3)
     assert knn_accuracy(x, y, torch.eye(4), torch.arange(4), ks=(1, 3, 200)) == {1: 1.0, 3: 1.0, 12: 1.0}
     assert chance(torch.tensor([0, 0, 0, 1])) == pytest.approx(0.75)
+
+
+def test_votes_sum_to_one_and_name_the_voters():
+    x, y = torch.eye(4).repeat(3, 1), torch.arange(4).repeat(3)
+    predicted, share, near = vote(x, y, 5 * torch.eye(4), k=3)
+    assert predicted.tolist() == [0, 1, 2, 3] and y[near].tolist() == [[c] * 3 for c in range(4)]
+    torch.testing.assert_close(share, torch.ones(4))
+    _, share, _ = vote(x, y, torch.ones(1, 4), k=12)  # as near to all
+    torch.testing.assert_close(share, torch.tensor([0.25]))
+
+
+def test_calibration_against_a_loop():
+    torch.manual_seed(0)
+    share = torch.rand(500)
+    right = torch.rand(500) < share**2
+    error, table = calibration(share, right, bins=5)
+    expected = 0
+    for b, (mean, hit, count) in enumerate(table):
+        cases = [i for i in range(500) if b / 5 <= share[i] < (b + 1) / 5]
+        assert count == len(cases)
+        assert mean == pytest.approx(share[cases].mean().item(), abs=1e-6)
+        assert hit == pytest.approx(right[cases].float().mean().item())
+        expected += count / 500 * abs(mean - hit)
+    assert error == pytest.approx(expected, abs=1e-6) and error > 0.1
+
+
+def test_calibration_of_the_honest_and_of_the_liar():
+    sure, half = torch.ones(100), torch.full((100,), 0.5)
+    heads = torch.arange(100) % 2 == 0
+    assert calibration(half, heads)[0] == pytest.approx(0) and calibration(sure, heads)[0] == pytest.approx(
+        0.5
+    )
+    assert calibration(sure, heads)[1][-1] == (1.0, 0.5, 100)  # 1.0 lies in the last bin, not behind it
+
+
+def test_the_plot_shows_the_bars():
+    """Dark pixels as high as the accuracy of a bin; nothing in an empty one."""
+    error, table = calibration(
+        torch.tensor([0.95] * 8 + [0.55] * 8), torch.tensor([True] * 8 + [False, True] * 4)
+    )
+    plot = np.array(reliability_plot(error, table).convert("RGB")).astype(int)
+    columns = [plot[34:394, round(62 + (b + 0.2) * 36)] for b in range(10)]  # beside the number over the bar
+    high = [int((c[:, 2] - c[:, 0] > 20).sum()) for c in columns]
+    assert high[9] == pytest.approx(360, abs=8) and high[5] == pytest.approx(180, abs=8) and high[2] == 0
+
+
+def test_predict_names_class_share_and_neighbours(tmp_path, monkeypatch, capsys):
+    """Flat colours are told apart even by a random network; what cannot be read is left out and named."""
+    for kind, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        for split in ("train", "test"):
+            (tmp_path / split / kind).mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (40, 30), tuple(c + 4 * i for c in colour)).save(
+                    tmp_path / split / kind / f"{i}.png"
+                )
+    (tmp_path / "train" / "red" / "0.png").write_bytes(b"broken")
+    Image.new("RGB", (33, 60), (35, 33, 210)).save(tmp_path / "new.png")
+    (tmp_path / "bad.png").write_bytes(b"broken")
+    torch.manual_seed(0)
+    m = VisionTransformer(32, 2, 2, patch_size=8, img_size=32, init_std=0.1)
+    torch.save({"teacher": m.state_dict(), "arch": {"num_heads": 2}}, tmp_path / "t.pth")
+    sets = ["--train", f"folder:{tmp_path}/train", "--test", f"folder:{tmp_path}/test", "--image-size", "32"]
+    argv = ["eval_knn.py", "--weights", str(tmp_path / "t.pth"), *sets, "--k", "4", "--predict"]
+    photos = [str(tmp_path / "new.png"), str(tmp_path / "bad.png")]
+    monkeypatch.setattr(sys, "argv", [*argv, *photos, "--out", str(tmp_path / "out")])
+    eval_knn.main()
+    said = capsys.readouterr().out
+    assert "left out: " in said and "bad.png" in said
+    assert re.search(r"new.png: blue, \d+% of the votes \(right in \d+% of \d+ queries", said)
+    assert re.search(r"expected calibration error on 12 queries: 0\.\d{3}", said)
+    rows = Image.open(tmp_path / "out" / "neighbours.png")
+    assert rows.width > 5 * 96 and Image.open(tmp_path / "out" / "reliability.png").width > 360
+    monkeypatch.setattr(sys, "argv", [*argv, photos[1]])
+    with pytest.raises(UserError, match="none of these images can be read"):
+        eval_knn.main()
