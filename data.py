@@ -176,8 +176,9 @@ def from_list(manifest):
     return entries
 
 
-def decode(source, name):
-    """File path or bytes -> PIL RGB, upright. BadImage(name, reason) for whatever is wrong with it."""
+def decode(source, name, look=None):
+    """File path or bytes -> PIL RGB, upright, or what `look` makes of the image just opened. BadImage(name,
+    reason) for whatever is wrong with it."""
     head = b""
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
@@ -185,6 +186,8 @@ def decode(source, name):
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:  # from the header, before any memory is spent
                     raise ValueError(f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}")
+                if look:
+                    return look(image)
                 ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)  # loads the pixels: verify() would pass half a JPEG
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
