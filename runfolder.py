@@ -63,7 +63,7 @@ class RunFolder:
         if not config.exists() and any(p.name != "lock" for p in strangers):
             raise UserError(f"{self.path} has files but no config.yaml, so is no run folder: choose another")
         self.path.mkdir(parents=True, exist_ok=True)
-        self.take_lock()
+        self.lock = take_lock(self.path)
         changed = "; ".join(differences(config, config_text)) if config.exists() else ""
         if config.exists() and not resume:
             other = f" with other settings ({changed})" if changed else ""
@@ -73,22 +73,6 @@ class RunFolder:
         replace(config, config_text)
         replace(self.path / "environment.json", json.dumps(environment() | self.facts, indent=1))
         (self.path / "checkpoints").mkdir(exist_ok=True)
-
-    def take_lock(self):
-        """A lock of the operating system: it ends with its process, so a dead run's file stops nobody."""
-        self.lock = (self.path / "lock").open("a+", encoding="utf-8")
-        try:
-            if fcntl:  # lockf, not flock: data-loading workers don't inherit it, and NFS knows it
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self.lock.seek(0)
-            holder = self.lock.read().strip() or "another process"
-            raise UserError(f"{self.path} is in use by {holder}: stop it, or choose another folder") from None
-        except OSError as e:  # some network file systems have no locks
-            print(f"note: no lock on {self.path} ({e}): see that only one run writes there", file=sys.stderr)
-        self.lock.truncate(0)
-        self.lock.write(f"pid {os.getpid()} on {platform.node()}\n")
-        self.lock.flush()
 
     def log(self, row):
         """Append one flat dict to metrics.jsonl."""
@@ -129,6 +113,26 @@ class RunFolder:
             signal.signal(number, handler)
         if self.lock:
             self.lock.close()
+
+
+def take_lock(folder):
+    """folder/lock, open and locked by the operating system: it ends with its process, so a dead run's file
+    stops nobody. UserError if another process has it."""
+    lock = (folder / "lock").open("a+", encoding="utf-8")
+    try:
+        if fcntl:  # lockf, not flock: data-loading workers don't inherit it, and NFS knows it
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(f"{folder} is in use by {holder}: stop it, or choose another folder") from None
+    except OSError as e:  # some network file systems have no locks
+        print(f"note: no lock on {folder} ({e}): see that only one run writes there", file=sys.stderr)
+    lock.truncate(0)
+    lock.write(f"pid {os.getpid()} on {platform.node()}\n")
+    lock.flush()
+    return lock
 
 
 def mend(file, step):
