@@ -1,0 +1,644 @@
+"""From a pile of images to a training set that one can defend: one manifest, one funnel.
+
+    python curate.py run folder:/pile out --config configs/curation/web.yaml --workers 8
+    python curate.py dedup folder:/pile out ...     # up to this stage; what is done is not done again
+    torchrun --nproc-per-node 8 curate.py run 'tar:/pile/{00000..00099}.tar' out ...    # on many machines too
+
+ingest: every image is read once: decoded, measured, hashed. quality: rules over those scores. dedup: same
+bytes, same looks, same features; what hangs together with an evaluation set goes altogether. content: linear
+heads on features, for what must not and what should be there. balance: an equal share for each domain, or the
+neighbours of a seed set. write: tar shards, manifest.jsonl, funnel.html. Pixels are never changed or deleted.
+No head is shipped and no backbone named: until you do, the stages that need one are off, and say so.
+Downloading is img2dataset's job; its shards are read as they lie:
+
+    img2dataset --url_list urls.parquet --input_format parquet --output_format webdataset --output_folder pile
+
+What is unusual here: any number of processes, killed any number of times, write the same bytes. Work is cut
+into pieces (a shard, or 1,000 files). What comes of a piece, and the verdict of a stage, is a file that is
+there as a whole or not at all, named by a hash of all it depends on. Memory: one piece, and some 300 bytes
+for each image of the pile. What is done with features (neighbours, k-means, heads) stands in vectors.py.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import tarfile
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from glob import glob
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import config
+import funnel
+import vectors
+from config import Count, Positive, Share, UserError, Whole
+from data import BadImage, Images, decode, index_tar, open_source, to_rgb
+from distributed import end, from_first, init, rank, tally, world_size
+from runfolder import in_one_act, replace, take_lock
+
+VERSION = 1  # of what the stages compute: raise it, and nothing old is taken for done
+THUMB = 128  # pixels, at least, of the short side of the grey picture on which everything is measured
+PARTITION = 1000  # images, on average, among which feature duplicates are sought
+REASONS = ("kept", "unreadable", "small", "long", "dark", "bright", "flat", "blurred", "exact duplicate",
+           "near duplicate", "feature duplicate", "leak", "ugly", "blocked", "not retrieved",
+           "over quota")  # fmt: skip
+SCORES = ("sharpness", "entropy", "dark", "bright")
+
+Cut = Annotated[float, -1e15, 1e15, "a number, or a percentile of the pile such as 2%"]
+Cosine = Annotated[float, -1, 2, "a cosine, or 2 for off"]
+
+
+# fmt: off
+class Settings:
+    """Every threshold, as in `cfg.quality.min_side`. A Cut "2%" lies where 2 % of the pile are below it."""
+    class ingest:
+        piece: Count = 1000  # files that are one piece of work; a tar shard is one, whatever it holds
+    class quality:
+        min_side: Whole = 200  # pixels of the shorter side (DataComp)
+        max_aspect: Positive = 3.0  # longer side over shorter (DataComp)
+        min_dark: Cut = 0.32  # brightness (0 to 1) that the lightest 1 % of pixels reach; below: black
+        max_bright: Cut = 0.95  # brightness that all but the darkest 5 % exceed; above: white
+        min_entropy: Cut = 3.0  # bits of the grey histogram, 8 at most; below: flat
+        min_sharpness: Cut = 40.0  # variance of the Laplacian of the grey picture; below: blurred
+    class dedup:
+        radius: Whole = 4  # bits of 64 that may differ in pHash; found without exception: radius + 1 bands
+        radius_dhash: Whole = 10  # and in dHash: two different hashes seldom err together
+        min_cosine: Cosine = 2.0  # of features that makes duplicates; depends on the backbone
+        evaluation: str = ""  # data URIs with ";" between: nothing that resembles their images may stay
+        leak_cosine: Cosine = 2.0  # of features to one of those; below min_cosine is the safe side
+    class features:
+        weights: str = ""  # as --weights of features.py; empty: no features, no stage that needs them
+        embeddings: str = ""  # or made elsewhere: .npz (cls, paths), .npy (a row per image in ingest's order)
+        size: Whole = 0  # pixels that the backbone sees; 0 = its own
+        batch: Count = 64
+    class content:
+        allow: str = ""  # data URI of examples that are fine
+        block: str = ""  # of examples that are not: from both, a head is trained and cross-validated
+        recall: Share = 0.99  # of blocked examples in cross-validation: sets the threshold
+        head: str = ""  # or a head from a file: .npz of weight (D,), bias, threshold
+        ratings: str = ""  # CSV of path,rating (paths relative to it): trains the aesthetics score
+        min_aesthetics: Cut = -1e15  # in the units of the ratings
+    class balance:
+        seeds: str = ""  # data URI: keep the k nearest of each of its images, and nothing else
+        k: Count = 4  # LVD-142M: 4 for large seed sets, 32 for small ones
+        target: Whole = 0  # images to stay, spread evenly over domains; 0 = all
+        clusters: str = "1000 100 10"  # of hierarchical k-means, finest first; the last are the domains
+        rounds: Whole = 3  # of resampling, against clusters that sit where images are many
+        seed: Whole = 0  # of the first centroids
+    class write:
+        images: Count = 10_000  # of a shard
+    # fmt: on
+
+    def __init__(self):
+        for name in SECTIONS:
+            setattr(self, name, dataclass(getattr(Settings, name))())
+
+
+SECTIONS = [name for name, section in vars(Settings).items() if isinstance(section, type)]
+KINDS = {f"{s}.{key}": kind for s in SECTIONS for key, kind in vars(Settings)[s].__annotations__.items()}
+
+
+def load(file=None, overrides=()):
+    """Settings: the defaults, then a YAML file, then texts "section.key=value". UserError for the unknown."""
+    cfg = Settings()
+    for source in filter(None, (file and Path(file), *overrides)):
+        for name, value in config.read(source).items():
+            if name not in KINDS:
+                near = get_close_matches(name, KINDS, 1, 0)[0]
+                raise UserError(f"there is no setting {name}; the nearest is {near}")
+            section, key = name.split(".")
+            try:
+                if KINDS[name] is not Cut or not re.fullmatch(r"\d+(\.\d+)?%", str(value)):
+                    value = config.convert(KINDS[name], value)
+                setattr(getattr(cfg, section), key, value)
+            except ValueError as e:
+                raise UserError(f"{name} is {value!r}, but must be {e}") from None
+    return cfg
+
+
+# ---------------------------------------------------------------- pieces of work
+
+
+def pieces(uri, size):
+    """A data URI -> its pieces: paths of tar shards, or (Images, first, end) of at most `size` files."""
+    kind, _, rest = uri.partition(":")
+    if kind == "tar":
+        return shards(os.path.expanduser(rest))
+    images = open_source(uri)
+    if not isinstance(images, Images):
+        raise UserError(f"{uri} is no pile of files: write folder:, list: or tar: and a path")
+    return [(images, i, min(i + size, len(images))) for i in range(0, len(images), size)]
+
+
+def shards(pattern):
+    """A folder, or a path with * or {000..010} -> its tar shards, in order."""
+    if braces := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        numbers = [str(k).zfill(len(braces[1])) for k in range(int(braces[1]), int(braces[2]) + 1)]
+        return [path for x in numbers for path in shards(pattern.replace(braces[0], x, 1))]
+    paths = sorted(glob(f"{pattern}/*.tar" if os.path.isdir(pattern) else pattern))
+    if not paths:
+        raise UserError(f"tar:{pattern} names no shard: give a folder, a pattern or {{000..010}}.tar")
+    return paths
+
+
+def entries(piece):
+    """-> [(name, label or None, offset, size)] as in data.py; offset -1: a file, -2: no image there."""
+    if isinstance(piece, str):  # one pass over the headers: a shard is never unpacked
+        items = index_tar(piece).items()
+        return [(x[0] or f"{piece}::{key}", x[1], x[2] if x[0] else -2, x[3]) for key, x in items]
+    images, first, end = piece
+    label = lambda y: None if y < 0 else images.classes[y] if images.classes else y  # noqa: E731
+    where = zip(images.labels[first:end].tolist(), images.where[first:end].tolist())
+    return [(images.name(i), label(y), *at) for i, (y, at) in enumerate(where, first)]
+
+
+def version(piece):
+    """A text that changes when a file of the piece does."""
+    names = [piece] if isinstance(piece, str) else [piece[0].name(i) for i in range(*piece[1:])]
+    files = names if isinstance(piece, str) else dict.fromkeys(x.partition("::")[0] for x in names)
+    return vectors.digest(names, vectors.stamp(*files))
+
+
+def each(job, todo, workers):
+    """job(x) for this process's share of the list `todo`, in `workers` processes of its own."""
+
+    def work(batch):
+        torch.set_num_threads(1)  # features must not depend on their number
+        try:
+            job(batch[0])
+        except UserError as e:  # goes home as a text; anything else is a bug and comes with its traceback
+            return str(e)
+
+    mine, threads = todo[rank() :: world_size()], torch.get_num_threads()
+    loader = DataLoader(mine, 1, collate_fn=work, num_workers=min(workers, len(mine))) if mine else ()
+    for problem in tqdm(loader, disable=None if rank() == 0 else True, leave=False):
+        if problem:
+            raise UserError(problem)
+    torch.set_num_threads(threads)
+    tally(0)  # wait for the others
+
+
+class Pile:
+    """A source on its way to `out`: its pieces, and columns (n,) of what is known about each image.
+
+    Images of evaluation sets come last, from number `own` on. `why` is an index of REASONS, `of` the number
+    of the image that a duplicate or leak resembles.
+    """
+
+    def __init__(self, source, out, cfg, workers=0):
+        self.cfg, self.out, self.workers, self.eye = cfg, Path(out), workers, None
+        self.work, self.trail, self.notes, self.stages = self.out / "work", vectors.digest(VERSION), [], []
+        uris = source, *filter(None, cfg.dedup.evaluation.split(";"))
+        sources = [pieces(uri.strip(), cfg.ingest.piece) for uri in uris]
+        self.pieces, self.owned = sum(sources, []), len(sources[0])
+        self.parts = [self.work / "ingest" / f"{k:06d}-{version(p)}.jsonl" for k, p in enumerate(self.pieces)]
+
+    def rows(self, k):
+        """The rows of piece k, as ingest wrote them: dicts."""
+        with open(self.parts[k], encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+
+    def some(self, numbers):
+        """Ascending numbers of images -> (number, row) of each; one piece at a time in memory."""
+        ends = np.searchsorted(numbers, self.first)
+        for k, (a, b) in enumerate(zip(ends, ends[1:])):
+            rows = self.rows(k) if b > a else ()
+            yield from ((i, rows[i - self.first[k]]) for i in numbers[a:b].tolist())
+
+    def read(self):
+        """What ingest wrote -> the columns that the stages start from."""
+        columns = [columns_of(self.rows(k)) for k in range(len(self.parts))]
+        self.first = np.cumsum([0, *(len(c["why"]) for c in columns)])
+        self.n, self.own = int(self.first[-1]), int(self.first[self.owned])
+        for name in columns[0]:
+            setattr(self, name, np.concatenate([c[name] for c in columns]))
+        self.of = self.cluster = self.domain = np.full(self.n, -1)
+        self.blocked = self.aesthetics = np.full(self.n, np.nan, np.float32)
+        self.trail = vectors.digest(self.trail, [part.name for part in self.parts])
+        self.count("ingest")
+
+    def decide(self, stage, judge, settings, files=()):
+        """A stage's verdict: columns, from its file, or from judge(pile) -> dict of columns and `notes`.
+
+        All processes judge (they share the work inside) and find the same; the first one writes it down.
+        It depends on what came before, on the settings, and on files (or data URIs) that they name.
+        """
+        known = [version(p) for uri in files if ":" in uri for p in pieces(uri, 1000)]
+        known += [vectors.stamp(file) for file in files if ":" not in file]
+        self.trail = vectors.digest(self.trail, stage, asdict(settings), known)
+        path = self.work / f"{stage}-{self.trail}.npz"
+        if not from_first(path.exists()):
+            columns = judge(self)
+            if rank() == 0:
+                with in_one_act(path) as f:
+                    np.savez(f, **columns)
+            tally(0)
+        with np.load(path) as columns:
+            for name in columns.files:
+                setattr(self, name, columns[name]) if name not in ("why", "notes") else None
+            self.why = np.where(self.why, self.why, columns["why"])
+            self.notes += columns["notes"].tolist() if "notes" in columns else []
+        self.count(stage)
+
+    def need_features(self, stage):
+        if self.eye is None:
+            raise UserError(f"{stage} needs features: name features.weights or features.embeddings")
+
+    def count(self, stage):
+        counts = np.bincount(self.why[: self.own], minlength=len(REASONS)).tolist()
+        self.stages.append([stage, counts[0], dict(x for x in zip(REASONS, counts) if x[1])])
+
+    def left(self):
+        """Numbers of the source's images that are still in."""
+        return np.flatnonzero(self.why[: self.own] == 0)
+
+
+def columns_of(rows):
+    """Rows of a piece -> arrays (n,)."""
+    take = lambda name, kind, no: np.array([r.get(name, no) for r in rows], kind)  # noqa: E731
+    columns = dict(sha=take("sha256", "S64", ""), why=np.array(["why" in r for r in rows], np.uint8))
+    columns |= {k: np.array([int(r.get(k, "0"), 16) for r in rows], np.uint64) for k in ("phash", "dhash")}
+    columns |= {k: take(k, np.int64, 0) for k in ("width", "height", "bytes")}
+    return columns | {k: take(k, np.float32, np.nan) for k in SCORES}
+
+
+# ---------------------------------------------------------------- ingest: one pass over every image
+
+
+def ingest(pile):
+    """Each piece -> a file of rows: place, SHA-256, size, scores and hashes; or why it can't be read."""
+
+    def job(k):
+        try:
+            rows = [examine(*entry) for entry in entries(pile.pieces[k])]
+        except UserError as e:  # no tar: costs this shard, not the run
+            rows = [dict(path=os.path.abspath(pile.pieces[k]), label=None, why="unreadable", detail=str(e))]
+        replace(pile.parts[k], "".join(json.dumps(row) + "\n" for row in rows))
+
+    each(job, [k for k, part in enumerate(pile.parts) if not part.exists()], pile.workers)
+    pile.read()
+
+
+def examine(name, label, offset, size):
+    """One image -> its row."""
+    shard, _, member = name.partition("::") if offset != -1 else (name, "", "")
+    folder, base = os.path.split(member)
+    place = dict(shard=os.path.abspath(shard), key=os.path.join(folder, base.split(".")[0]))
+    row = dict(place if member else dict(path=os.path.abspath(name)), label=label, at=[offset, size])
+    try:
+        if offset == -2:
+            raise BadImage(name, "the shard has no whole image of this key")
+        data = load_bytes(row)
+        row |= dict(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+        return row | decode(data, name, measure)
+    except (BadImage, OSError) as e:
+        return row | dict(why="unreadable", detail=str(e.args[-1]))
+
+
+def load_bytes(row):
+    """The file of an image as it was, read in place."""
+    with open(row.get("path") or row["shard"], "rb") as f:
+        f.seek(max(row["at"][0], 0))
+        return f.read(row["at"][1] if row["at"][0] >= 0 else -1)
+
+
+def measure(image):
+    """An image just opened -> size, scores and hashes, from one small grey picture of it.
+
+    libjpeg makes a JPEG's half, quarter or eighth straight from its coefficients ("draft"), brightness only.
+    """
+    width, height = image.size[:: -1 if image.getexif().get(0x0112, 1) > 4 else 1]  # EXIF: lies on its side
+    form = image.format
+    image.draft("L", (THUMB, THUMB))
+    grey = image if image.mode == "L" and "transparency" not in image.info else to_rgb(image).convert("L")
+    grey = ImageOps.exif_transpose(grey.reduce(max(min(grey.size) // THUMB, 1)))
+    share = np.cumsum(grey.histogram()) / (grey.width * grey.height)
+    small = grey.reduce(2) if min(grey.size) >= 64 else grey  # all that hashes need, in half the time
+    return dict(width=width, height=height, format=form, sharpness=sharpness(grey), entropy=grey.entropy(),
+                dark=np.searchsorted(share, 0.99) / 255, bright=np.searchsorted(share, 0.05) / 255,
+                phash=f"{phash(small):016x}", dhash=f"{dhash(small):016x}")  # fmt: skip
+
+
+def sharpness(grey):
+    """Variance of the Laplacian, that is 4 times a pixel less its four neighbours."""
+    x = np.asarray(grey, np.int16)
+    y = 4 * x[1:-1, 1:-1] - x[:-2, 1:-1] - x[2:, 1:-1] - x[1:-1, :-2] - x[1:-1, 2:]
+    return float(y.var(dtype=np.float32)) if y.size else 0.0
+
+
+DCT = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))  # (8, 32): the 8 slowest waves
+
+
+def phash(grey):
+    """64 bits: which of the 8 x 8 slowest cosine waves of the picture are above their median."""
+    low = DCT @ np.asarray(grey.resize((32, 32), Image.LANCZOS), np.float64) @ DCT.T
+    return pack(low > np.median(low))
+
+
+def dhash(grey):
+    """64 bits: where an 8 x 9 version of the picture grows brighter to the right."""
+    x = np.asarray(grey.resize((9, 8), Image.LANCZOS))
+    return pack(x[:, 1:] > x[:, :-1])
+
+
+def pack(bits):
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+# ---------------------------------------------------------------- quality: rules over scores
+
+
+def limit(cut, scores):
+    """A Cut -> a number."""
+    return float(np.percentile(scores, float(cut[:-1]))) if isinstance(cut, str) else float(cut)
+
+
+def judge_quality(pile):
+    q, good, why = pile.cfg.quality, pile.left(), np.zeros(pile.n, np.uint8)
+    if not len(good):
+        raise UserError(f"none of the {pile.own} images can be read: {pile.work}/ingest has the reasons")
+    short, long = np.sort([pile.width, pile.height], axis=0)
+    cut = {k: limit(getattr(q, k), getattr(pile, k[4:])[good]) for k in vars(q) if k[4:] in SCORES}
+    rules = dict(small=short < q.min_side, long=long > q.max_aspect * short, dark=pile.dark < cut["min_dark"],
+                 bright=pile.bright > cut["max_bright"], flat=pile.entropy < cut["min_entropy"],
+                 blurred=pile.sharpness < cut["min_sharpness"])  # fmt: skip
+    for name, fails in rules.items():  # the first that fails is the reason
+        why[: pile.own][(why == 0)[: pile.own] & fails[: pile.own]] = REASONS.index(name)
+    return dict(why=why)
+
+
+def quality(pile):
+    pile.decide("quality", judge_quality, pile.cfg.quality)
+
+
+# ---------------------------------------------------------------- dedup: same bytes, looks, features
+
+
+def join(hashes, radius):
+    """uint64 (n,) -> arrays (m, 2): all pairs of numbers whose hashes differ in at most `radius` bits.
+
+    Exact: of radius + 1 bands, `radius` bits leave one untouched. So sort by a band and slide the sorted list
+    along itself for as long as the band agrees: 13 bits of band spare all but one in 8,192 comparisons.
+    """
+    edges = [64 * k // (radius + 1) for k in range(radius + 2)]
+    for low, high in zip(edges, edges[1:]):
+        band = (hashes >> np.uint64(low)) & np.uint64(2 ** (high - low) - 1)
+        order = np.argsort(band, kind="stable")
+        band, ranked, i, lag = band[order], hashes[order], np.arange(len(hashes)), 1
+        while len(i := i[: np.searchsorted(i, len(band) - lag)]):
+            i = i[band[i] == band[i + lag]]
+            near = i[np.bitwise_count(ranked[i] ^ ranked[i + lag]) <= radius]
+            yield np.stack([order[near], order[near + lag]], 1)
+            lag += 1
+
+
+def settle(pile, rows, roots, reason):
+    """The largest image of a component stays; with one of an evaluation set in it, none of the pile's does.
+
+    rows (m,) numbers of images, roots (m,) of `components`, reason (m,) -> columns why and of.
+    """
+    area, why, of = pile.width[rows] * pile.height[rows], np.zeros(pile.n, np.uint8), pile.of.copy()
+    order = np.lexsort((rows, -pile.bytes[rows], -area, rows < pile.own, roots))  # evaluation images first
+    first = order[np.diff(roots[order], prepend=-1) > 0]
+    head = np.empty(len(rows), np.int64)
+    head[roots[first]] = first  # of each component: the one that stays, or the evaluation image
+    head = head[roots]
+    leak = rows[head] >= pile.own
+    out = (rows < pile.own) & (leak | (head != np.arange(len(rows))))
+    why[rows[out]] = np.where(leak, REASONS.index("leak"), reason)[out]
+    of[rows[out]] = rows[head[out]]
+    return dict(why=why, of=of)
+
+
+def judge_hashes(pile):
+    rows, d = np.flatnonzero(pile.why == 0), pile.cfg.dedup
+    _, same, sha = np.unique(pile.sha[rows], return_index=True, return_inverse=True)
+    both = np.stack([pile.phash, pile.dhash], 1)[rows]
+    hashes, alike, kind = np.unique(both, axis=0, return_index=True, return_inverse=True)
+    first_of = same[sha], alike[kind.ravel()]  # copies are many: the join compares distinct hashes only
+    pairs = [np.stack([np.arange(len(rows)), first], 1) for first in first_of]
+    for pair in join(hashes[:, 0].copy(), d.radius):
+        far = np.bitwise_count(hashes[pair[:, 0], 1] ^ hashes[pair[:, 1], 1])
+        pairs.append(alike[pair[far <= d.radius_dhash]])
+    roots = vectors.components(len(rows), np.concatenate(pairs).tolist())
+    exact, near = map(REASONS.index, ("exact duplicate", "near duplicate"))
+    return settle(pile, rows, roots, np.where(first_of[0] != np.arange(len(rows)), exact, near))
+
+
+def judge_features(pile):
+    d, own = pile.cfg.dedup, pile.seen < pile.own
+    roots = vectors.families(pile.x, own, d.min_cosine, d.leak_cosine, PARTITION)
+    return settle(pile, pile.seen, roots, np.full(len(own), REASONS.index("feature duplicate")))
+
+
+def dedup(pile):
+    pile.decide("hashes", judge_hashes, pile.cfg.dedup)
+    if not (pile.cfg.features.weights or pile.cfg.features.embeddings):
+        return pile.notes.append("no features.weights or features.embeddings: what needs features is off")
+    look(pile)
+    if min(pile.cfg.dedup.min_cosine, pile.cfg.dedup.leak_cosine) < 1:
+        pile.decide("similar", judge_features, pile.cfg.dedup)
+        pile.x, pile.seen = pile.x[keep := pile.why[pile.seen] == 0], pile.seen[keep]
+
+
+def look(pile):
+    """Features of the images still in: pile.x (m, D) float16, on the disk; pile.seen (m,) their numbers."""
+    pile.eye = eye = vectors.Eye(pile.cfg.features)
+    pile.trail, pile.seen = vectors.digest(pile.trail, eye.mark), np.flatnonzero(pile.why == 0)
+    folder, ends = pile.work / f"features-{pile.trail}", np.searchsorted(pile.seen, pile.first)
+    whole = folder.with_suffix(".npy")
+
+    def job(k):
+        numbers = pile.seen[ends[k] : ends[k + 1]]
+        names = [(row_name(row), None, *row["at"]) for _, row in pile.some(numbers)]
+        with in_one_act(folder / f"{k}.npy") as f:
+            np.save(f, eye(Images(names), numbers) if names else np.zeros((0, eye.width), np.float16))
+
+    if not from_first(whole.exists()):
+        todo = [k for k in range(len(pile.parts)) if not (folder / f"{k}.npy").exists()]
+        each(job, todo, 0 if torch.cuda.is_available() else pile.workers)
+        if rank() == 0:
+            with in_one_act(whole) as f:
+                shape = dict(descr="<f2", fortran_order=False, shape=(len(pile.seen), eye.width))
+                np.lib.format.write_array_header_1_0(f, shape)
+                f.writelines(np.load(folder / f"{k}.npy").tobytes() for k in range(len(pile.parts)))
+        tally(0)
+    pile.x = np.load(whole, mmap_mode="r")
+
+
+def row_name(row):
+    return row.get("path") or f"{row['shard']}::{row['key']}"
+
+
+# ---------------------------------------------------------------- content: linear heads on features
+
+
+def judge_content(pile):
+    c, why, mine = pile.cfg.content, np.zeros(pile.n, np.uint8), pile.left()
+    columns, notes = {k: np.full(pile.n, np.nan, np.float32) for k in ("aesthetics", "blocked")}, []
+    for name in [k for k, wanted in (("aesthetics", c.ratings), ("blocked", c.head or c.block)) if wanted]:
+        if name == "aesthetics":
+            head, note = vectors.train_aesthetics(pile.eye, c.ratings)
+        elif c.head:
+            head, note = dict(np.load(c.head)), f"content head {c.head}"
+        else:
+            head, note = vectors.train_filter(pile.eye, c)
+        columns[name][pile.seen] = vectors.apply(head, pile.x)
+        score = columns[name][mine]
+        fails = score >= head["threshold"] if "threshold" in head else score < limit(c.min_aesthetics, score)
+        why[mine[fails & (why[mine] == 0)]] = REASONS.index("blocked" if "threshold" in head else "ugly")
+        notes.append(note)
+        if rank() == 0:  # may serve as content.head of another pile
+            with in_one_act(pile.out / "heads" / f"{name}.npz") as f:
+                np.savez(f, **head)
+    return dict(columns, why=why, notes=np.array(notes, dtype=np.str_))
+
+
+def content(pile):
+    c = pile.cfg.content
+    if not (c.head or c.block or c.ratings):
+        return pile.notes.append("no content head: none is shipped; content.allow and content.block train one")
+    pile.need_features("content")
+    pile.decide("content", judge_content, c, [x for x in (c.head, c.allow, c.block, c.ratings) if x])
+
+
+# ---------------------------------------------------------------- balance: an equal share for each domain
+
+
+def judge_clusters(pile):
+    b, mine, tree = pile.cfg.balance, pile.left(), []
+    points = x = pile.x[np.isin(pile.seen, mine)]
+    for k in map(int, b.clusters.split()):
+        points, index = vectors.kmeans(points, min(k, len(points)), b.seed, b.rounds)
+        tree.insert(0, index[tree[0]] if tree else index)  # (n,) clusters of this level
+    kept = vectors.pour(tree, np.argsort(pile.sha[mine], kind="stable"), b.target)  # a hash is as good as a draw
+    why, cluster, domain = np.zeros(pile.n, np.uint8), np.full(pile.n, -1), np.full(pile.n, -1)
+    why[np.delete(mine, kept)], cluster[mine], domain[mine] = REASONS.index("over quota"), tree[-1], tree[0]
+    note = f"{len(x)} images to {len(kept)}; entropy of the domains, of 1: {vectors.entropy(tree[0]):.3f} before, "
+    note += f"{vectors.entropy(tree[0][kept]):.3f} after"
+    return dict(why=why, cluster=cluster, domain=domain, notes=np.array([note]))
+
+
+def judge_neighbours(pile):
+    b, mine, why = pile.cfg.balance, pile.left(), np.zeros(pile.n, np.uint8)
+    seeds = pile.eye(open_source(b.seeds))
+    near = np.unique(vectors.nearest(seeds, pile.x[np.isin(pile.seen, mine)], b.k)[1])
+    why[np.delete(mine, near)] = REASONS.index("not retrieved")
+    note = f"the {b.k} nearest of each of {len(seeds)} seed images: {len(near)} of {len(mine)} images"
+    return dict(why=why, notes=np.array([note]))
+
+
+def balance(pile):
+    b = pile.cfg.balance
+    if b.seeds or b.target:
+        pile.need_features("balance")
+    if b.seeds:
+        pile.decide("retrieval", judge_neighbours, b, [b.seeds])
+    if b.target:
+        pile.decide("balance", judge_clusters, b)
+
+
+# ---------------------------------------------------------------- write: shards, manifest, funnel
+
+
+def write(pile):
+    """OUT/shards/*.tar, manifest.jsonl, evaluation.jsonl (the evaluation sets' rows) and the funnel."""
+    kept, size = pile.left(), pile.cfg.write.images
+    if not len(kept):
+        raise UserError(f"nothing is left of the pile: {pile.stages[-1][2]}; loosen the settings")
+    trail, marks = vectors.digest(pile.trail, size), pile.work / "shards"
+
+    def job(s):
+        (marks / str(s)).unlink(missing_ok=True)  # from now on the shard is nobody's
+        with in_one_act(pile.out / "shards" / f"{s:05d}.tar") as f, tarfile.open(fileobj=f, mode="w:") as tar:
+            for i, row in pile.some(kept[s * size : (s + 1) * size]):
+                add_sample(tar, f"{i:09d}", row)
+        replace(marks / str(s), trail)
+
+    done = lambda s: (marks / str(s)).exists() and (marks / str(s)).read_text() == trail  # noqa: E731
+    count = -(-len(kept) // size)
+    each(job, [s for s in range(count) if not done(s)], pile.workers)
+    if rank() == 0:
+        for old in (pile.out / "shards").glob("*.tar"):
+            if int(old.stem) >= count:  # of an earlier run of ours, that kept more
+                old.unlink()
+        for name, first, last in ("manifest", 0, pile.owned), ("evaluation", pile.owned, len(pile.parts)):
+            with in_one_act(pile.out / f"{name}.jsonl") as f:
+                for k in range(first, last):
+                    f.writelines(manifest_line(pile, *x) for x in enumerate(pile.rows(k), pile.first[k]))
+        settings = {s: asdict(getattr(pile.cfg, s)) for s in SECTIONS}
+        facts = dict(stages=pile.stages, reasons=REASONS, notes=pile.notes, settings=settings)
+        replace(pile.out / "funnel.json", json.dumps(facts, indent=1))
+        funnel.draw(pile.out)
+    tally(0)
+
+
+def add_sample(tar, key, row):
+    """key.jpg (the bytes as they were), key.cls and key.json: what data.py and webdataset call a sample."""
+    data = load_bytes(row)
+    if hashlib.sha256(data).hexdigest() != row["sha256"]:
+        raise UserError(f"{row_name(row)} has changed since ingest: run again with a new output folder")
+    about = {k: v for k, v in row.items() if k != "at"}
+    files = {row["format"].lower().replace("jpeg", "jpg"): data, "json": json.dumps(about).encode()}
+    if row["label"] is not None:
+        files["cls"] = str(row["label"]).encode()
+    for extension, content in files.items():
+        member = tarfile.TarInfo(f"{key}.{extension}")  # its time, owner and mode are constants
+        member.size = len(content)
+        tar.addfile(member, BytesIO(content))
+
+
+def manifest_line(pile, i, row):
+    """One image -> a line of JSON: its place, scores, clusters, keep, why, and whom it resembles."""
+    line = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+    for name in "cluster", "domain":
+        line[name] = int(getattr(pile, name)[i])
+    line |= {k: round(float(v), 4) for k in ("aesthetics", "blocked") if (v := getattr(pile, k)[i]) == v}
+    line |= dict(keep=bool(pile.why[i] == 0 and i < pile.own), why=REASONS[pile.why[i]])
+    if pile.of[i] >= 0:
+        line["of"] = pile.sha[pile.of[i]].decode()
+    return (json.dumps(line) + "\n").encode()
+
+
+STAGES = dict(ingest=ingest, quality=quality, dedup=dedup, content=content, balance=balance, write=write)
+
+
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("stage", choices=[*STAGES, "run"], help="up to where; run: all of it")
+    add("source", help="folder:PATH, list:FILE.jsonl, or tar:PATH, a folder or {000..010}.tar")
+    add("out", help="a folder, on a file system that all processes see")
+    add("settings", nargs="*", help="section.key=value")
+    add("--config", help="YAML file of settings; the defaults are in curate.py")
+    add("--workers", type=int, default=0, help="processes that read images, for each torchrun process")
+    args = parser.parse_intermixed_args()
+    init()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    lock = take_lock(Path(args.out)) if rank() == 0 else None  # noqa: F841
+    pile = Pile(args.source, args.out, load(args.config, args.settings), args.workers)
+    for name, stage in STAGES.items():
+        stage(pile)
+        if name == args.stage:
+            break
+    if rank() == 0:
+        for name, left, why in pile.stages:
+            dropped = ", ".join(f"{v:,d} {k}" for k, v in why.items() if k != "kept")
+            print(f"{name:10s} {left:9,d} images; {dropped}")
+        print(*pile.notes, sep="\n")
+    end()
+
+
+if __name__ == "__main__":
+    config.run(main)
