@@ -132,11 +132,13 @@ def faiss_search(bank):
 def kmeans(x, k, seed=0, rounds=0):
     """Spherical k-means of unit rows x (n, D) float16 -> centroids (k, D) float16, each row's cluster (n,).
 
-    A round of resampling repeats it with the half of a mean cluster that is nearest to each centroid: so
-    crowds weigh less, and centroids spread over what there is, not over how often (Vo et al., 2024).
+    A round of resampling does it anew on as many rows of each cluster as half a mean cluster has, the nearest
+    to the centroid: so crowds weigh less, and centroids spread over what there is, not over how often (Vo et
+    al., 2024).
     """
-    bank, use = plant(x, k, seed), np.ones(len(x), bool)
-    for _ in range(rounds + 1):
+    use = np.ones(len(x), bool)
+    for turn in range(rounds + 1):
+        bank = plant(x, np.flatnonzero(use), k, seed + turn)
         for _ in range(ITERATIONS):
             cosine, index = (a[:, 0] for a in nearest(x, bank))
             old, bank = bank, means(x, index, use, bank)
@@ -148,9 +150,10 @@ def kmeans(x, k, seed=0, rounds=0):
     return bank, nearest(x, bank)[1][:, 0]
 
 
-def plant(x, k, seed):
-    """k-means++ on a sample: draw each centroid with the probability of its distance from those before."""
-    sample, rng = x[:: max(len(x) // max(SAMPLE, 4 * k), 1)], np.random.default_rng(seed)
+def plant(x, numbers, k, seed):
+    """k-means++ on a sample of some rows: draw a centroid with the probability of its distance from the others."""
+    sample = x[numbers[:: max(len(numbers) // max(SAMPLE, 4 * k), 1)]]
+    rng = np.random.default_rng(seed)
     rows, chosen = block(sample), [int(rng.integers(len(sample)))]
     far = 1 - rows @ rows[chosen[0]]
     while len(chosen) < k:

@@ -1,0 +1,338 @@
+"""Does curate.py find what was hidden in the pile, and how fast? The tables of README and LOG.
+
+    python results/curation.py truth WORK --images 20000 --seed 1 --photos folder:/photos --weights runs/laptop
+    python results/curation.py truth WORK --images 4000 --seed 0 --sweep dedup.radius=2,4,6
+    python results/curation.py speed --hashes 1000000 --vectors 200000 --pile 10000,100000
+
+`truth` renders a pile of scenes (and photos, if a folder is given) with planted copies, rejects, leaks of an
+evaluation set, blocked content and over-represented domains, curates it, and compares the manifest with what
+was planted. Thresholds are chosen on one seed (--sweep) and scored on another. Photos are taken as they are:
+what is naturally alike among them (frames of a video) counts as a false merge, and is told apart from scenes.
+`speed` measures side by side, A B A B, on one core.
+"""
+
+import argparse
+import functools
+import io
+import json
+import multiprocessing
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import curate  # noqa: E402
+import vectors
+from data import decode, hash64, open_source
+from scenes import CLASSES, render
+
+SHARES = np.array([30, 20, 10, 10, 8, 6, 4, 4, 4, 4]) / 100  # of the ten kinds in the pile: uneven on purpose
+BLOCKED = 8  # the kind that must not stay: dots
+SIZES = (256, 288, 320)
+
+
+def jpeg(image, quality=90, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, **options)
+    return buffer.getvalue()
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def scaled(image, by):
+    return image.resize([round(side * by) for side in image.size], Image.BICUBIC)
+
+
+def lying(image):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees to the right: so the pixels are turned to the left
+    return jpeg(image.transpose(Image.ROTATE_90), exif=exif)
+
+
+def cropped(image, rng):
+    w, h = image.size
+    x, y = rng.integers(0, round(0.05 * w) + 1), rng.integers(0, round(0.05 * h) + 1)
+    return image.crop((x, y, x + round(0.95 * w), y + round(0.95 * h)))
+
+
+def noise(rng, size):
+    return rng.integers(0, 256, size, dtype=np.uint8).tobytes()
+
+
+# (original image, its file, random numbers) -> the planted file. The group says which stage must find it.
+COPIES = {
+    "exact": lambda image, data, rng: data,
+    "re-encoded": lambda image, data, rng: jpeg(image, int(rng.integers(35, 80))),
+    "png": lambda image, data, rng: png(image),
+    "resized": lambda image, data, rng: jpeg(scaled(image, rng.uniform(0.82, 1.6)), 85),
+    "lying (EXIF)": lambda image, data, rng: lying(image),
+    "brighter": lambda image, data, rng: jpeg(
+        ImageEnhance.Brightness(image).enhance(rng.uniform(0.85, 1.15))
+    ),
+}
+CHANGED = {
+    "cropped 5 %": lambda image, data, rng: jpeg(cropped(image, rng)),
+    "mirrored": lambda image, data, rng: jpeg(ImageOps.mirror(image)),
+}
+REJECTS = {
+    "blurred": lambda image, data, rng: jpeg(image.filter(ImageFilter.GaussianBlur(min(image.size) / 50))),
+    "small": lambda image, data, rng: jpeg(scaled(image, 120 / min(image.size))),
+    "long": lambda image, data, rng: jpeg(
+        image.crop((0, 0, image.width, image.height // 4)).resize((900, 225))
+    ),
+    "flat": lambda image, data, rng: jpeg(
+        Image.new("RGB", image.size, tuple(rng.integers(90, 200, 3).tolist()))
+    ),
+    "dark": lambda image, data, rng: jpeg(ImageEnhance.Brightness(image).enhance(0.15)),
+    "bright": lambda image, data, rng: jpeg(Image.blend(image, Image.new("RGB", image.size, "white"), 0.96)),
+    "truncated": lambda image, data, rng: data[: len(data) // 2],
+    "no image": lambda image, data, rng: noise(rng, 2000),
+}
+LEAKS = {name: COPIES[name] for name in ("exact", "re-encoded", "resized")}
+
+
+# ---------------------------------------------------------------- planting
+
+
+def kinds(seed, count, shares):
+    """Numbers of `count` scenes of world `seed` whose kinds are as frequent as `shares` says."""
+    wanted, found, i = np.round(shares * count).astype(int), [], 0
+    while wanted.sum():
+        kind = int(np.random.default_rng([seed, i]).integers(len(CLASSES)))  # as scenes.render draws it
+        if wanted[kind]:
+            wanted[kind] -= 1
+            found.append((i, kind))
+        i += 1
+    return found
+
+
+def plant_one(job):
+    """One original and all that is planted of it -> files, and lines of truth."""
+    folder, name, origin, plans = job
+    rng = np.random.default_rng(hash64(name) % 2**63)
+    if isinstance(origin, tuple):
+        image = Image.fromarray(render(*origin, int(rng.choice(SIZES)))[0])
+        data = jpeg(image, 92)
+    else:
+        data = Path(origin).read_bytes()
+        image = decode(data, name)
+    truth = []
+    for where, kind in plans:
+        table = dict(original=lambda image, data, rng: data) | COPIES | CHANGED | REJECTS
+        made = table[kind](image, data, rng)
+        file = folder / where / f"{hash64(name, where, kind) % 10**12:012d}.jpg"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(made)
+        truth.append(dict(path=str(file.absolute()), family=name, kind=kind, where=where))
+    return truth
+
+
+def plan(seed, count, photos):
+    """-> [(name, origin, domain, [(folder, kind)])]: 3/4 of the pile are originals, the rest is planted."""
+    rng = np.random.default_rng(seed)
+    originals = kinds(1000 + seed, round(0.7 * count), SHARES)
+    held = kinds(2000 + seed, max(count // 100, 10), np.full(10, 0.1))
+    examples = kinds(3000 + seed, max(count // 33, 60), np.where(np.arange(10) == BLOCKED, 0.5, 0.5 / 9))
+    jobs = [(f"s{i}", (1000 + seed, i), CLASSES[k], [("pile", "original")]) for i, k in originals]
+    jobs += [(f"p{i}", path, "photo", [("pile", "original")]) for i, path in enumerate(photos)]
+    names = [*COPIES, *CHANGED, *REJECTS]
+    weights = np.array([3.0] * 6 + [2.0] * 2 + [1.0] * 8)
+    for job, kind in zip(
+        rng.permutation(len(jobs)), rng.choice(names, round(0.3 * count), p=weights / weights.sum())
+    ):
+        if jobs[job][2] != CLASSES[BLOCKED]:
+            jobs[job][3].append(("pile", str(kind)))
+    for i, k in held:
+        leaks = [("pile", kind) for kind in (*LEAKS, *CHANGED)] if i % 2 else []
+        jobs.append((f"e{i}", (2000 + seed, i), CLASSES[k], [("evaluation", "original"), *leaks]))
+    for i, k in examples:
+        folder = "block" if k == BLOCKED else "allow"
+        jobs.append((f"x{i}", (3000 + seed, i), CLASSES[k], [(folder, "original")]))
+    return jobs
+
+
+def plant(folder, seed, count, photos, workers):
+    """The pile, its evaluation set and the examples under `folder` (what is there, stays) -> lines of truth."""
+    jobs = plan(seed, count, photos)
+    domain = {name: kind for name, _, kind, _ in jobs}
+    work = [(folder, name, origin, plans) for name, origin, _, plans in jobs]
+    with multiprocessing.Pool(workers) as pool:
+        lines = [line for lines in pool.imap(plant_one, work, 32) for line in lines]
+    return [dict(line, domain=domain[line["family"]]) for line in lines]
+
+
+# ---------------------------------------------------------------- scoring
+
+DUPLICATE = ("exact duplicate", "near duplicate", "feature duplicate")
+QUALITY = ("unreadable", "small", "long", "dark", "bright", "flat", "blurred")
+EXPECTED = {"truncated": "unreadable", "no image": "unreadable"}
+
+
+def score(truth, manifest, evaluation):
+    """Planted truth against the manifest -> {table: {row: {column: value}}}."""
+    rows = {row["path"]: row for row in manifest}
+    family = defaultdict(set)  # of a SHA-256: exact copies share it
+    for line in truth:
+        row = rows.get(line["path"]) or evaluation.get(line["path"])
+        if row and "sha256" in row:
+            family[row["sha256"]].add(line["family"])
+    pile = [(line, rows[line["path"]]) for line in truth if line["where"] == "pile"]
+    tables = {"quality": rejects(pile), "duplicates": duplicates(pile, family), "leaks": leaks(pile)}
+    tables["content"] = blocked(pile)
+    tables["domains"] = domains(pile)
+    return tables
+
+
+def rejects(pile):
+    table = {}
+    for kind in REJECTS:
+        wanted = EXPECTED.get(kind, kind)
+        planted = [row for line, row in pile if line["kind"] == kind]
+        by_reason = [line for line, row in pile if row["why"] == wanted]
+        right = sum(EXPECTED.get(line["kind"], line["kind"]) == wanted for line in by_reason)
+        table[kind] = {"planted": len(planted), "recall": share(row["why"] in QUALITY for row in planted),
+                       "precision of the reason": right / max(len(by_reason), 1)}  # fmt: skip
+    dropped = [line for line, row in pile if row["why"] in QUALITY]
+    table["all"] = {"planted": sum(line["kind"] in REJECTS for line, _ in pile),
+                    "recall": share(row["why"] in QUALITY for line, row in pile if line["kind"] in REJECTS),
+                    "precision of the reason": share(line["kind"] in REJECTS for line in dropped)}  # fmt: skip
+    return table
+
+
+def share(truths):
+    truths = list(truths)
+    return sum(truths) / len(truths) if truths else float("nan")
+
+
+def duplicates(pile, family):
+    """Recall: copies that ended in one component with their original, of those that reached the stage."""
+    heads = {row["sha256"]: row["of"] for _, row in pile if row["why"] in DUPLICATE[1:]}
+
+    def head(row):
+        sha = row["sha256"]
+        while sha in heads:
+            sha = heads[sha]
+        return sha
+
+    reached = [(line, row) for line, row in pile if row["why"] not in (*QUALITY, "leak")]
+    original, table = {line["family"]: row for line, row in reached if line["kind"] == "original"}, {}
+    for name, photo in ("scenes", False), ("photos", True):
+        mine = [(line, row) for line, row in reached if (line["domain"] == "photo") == photo]
+        for kind in (*COPIES, *CHANGED):
+            found = [head(row) == head(original[line["family"]]) for line, row in mine
+                     if line["kind"] == kind and line["family"] in original]  # fmt: skip
+            if found:
+                table[f"{kind}, {name}"] = {"planted": len(found), "recall": share(found)}
+        for reason in DUPLICATE:
+            merges = [line["family"] in family[row["of"]] for line, row in mine if row["why"] == reason]
+            if merges:
+                false = len(merges) - sum(merges)
+                table[f"{reason}, {name}"] = {"dropped": len(merges), "precision": share(merges),
+                        "false": false, "false per 10,000 images": 1e4 * false / len(mine)}  # fmt: skip
+    return table
+
+
+def leaks(pile):
+    table = {}
+    for kind in (*LEAKS, *CHANGED):
+        planted = [row for line, row in pile if line["family"][0] == "e" and line["kind"] == kind]
+        reached = [row for row in planted if row["why"] not in QUALITY]
+        table[kind] = {"planted": len(planted), "recall": share(row["why"] == "leak" for row in reached)}
+    dropped = [line["family"][0] == "e" for line, row in pile if row["why"] == "leak"]
+    table["all"] = {"dropped": len(dropped), "precision": share(dropped)}
+    return table
+
+
+def blocked(pile):
+    seen = [
+        (line["domain"] == CLASSES[BLOCKED], row["why"] == "blocked")
+        for line, row in pile
+        if "blocked" in row
+    ]
+    seen = [(truth, found) for truth, found in seen]
+    return {CLASSES[BLOCKED]: {"reached": sum(t for t, _ in seen), "recall": share(f for t, f in seen if t),
+                               "precision": share(t for t, f in seen if f)}} if seen else {}  # fmt: skip
+
+
+def domains(pile):
+    """Entropy of the true kinds of scenes before and after, of the largest possible."""
+    scenes = [
+        (line["domain"], row) for line, row in pile if line["domain"] not in ("photo", CLASSES[BLOCKED])
+    ]
+    labels = lambda keep: np.array([d for d, row in scenes if keep(row)])  # noqa: E731
+    early = (*QUALITY, *DUPLICATE, "leak", "blocked", "ugly")
+    before, after = labels(lambda row: row["why"] not in early), labels(lambda row: row["keep"])
+    return {"kinds of scenes": {"before": vectors.entropy(before), "after": vectors.entropy(after),
+                                "images": len(after)}}  # fmt: skip
+
+
+def show(tables):
+    for name, table in tables.items():
+        print(f"\n{name}")
+        for row, cells in table.items():
+            print(f"  {row:34s}" + "   ".join(f"{k} {v:.4g}" for k, v in cells.items()))
+
+
+def truth(args):
+    folder, photos = Path(args.work), []
+    if args.photos:
+        source = open_source(args.photos)
+        photos = [source.name(i) for i in range(len(source))]
+    start = time.perf_counter()
+    planted = plant(folder, args.seed, args.images, photos, args.workers)
+    print(Counter(line["where"] for line in planted), f"planted in {time.perf_counter() - start:.0f} s")
+    settings = [f"dedup.evaluation=folder:{folder}/evaluation", "quality.min_side=160", *args.settings]
+    if args.weights:
+        settings += [f"features.weights={args.weights}", f"content.allow=folder:{folder}/allow",
+                     f"content.block=folder:{folder}/block"]  # fmt: skip
+    name, _, values = args.sweep.partition("=")
+    for value in values.split(",") if values else [None]:
+        some = [*settings, f"{name}={value}"] if value else settings
+        out = folder / "out"
+        command = [sys.executable, "curate.py", "run", f"folder:{folder}/pile", str(out), *some]
+        start = time.perf_counter()
+        command += ["--workers", str(args.workers - 1)]
+        subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+        print(f"curated in {time.perf_counter() - start:.0f} s", f"{name}={value}" if value else "")
+        read = lambda x: [json.loads(line) for line in (out / f"{x}.jsonl").open()]  # noqa: B023, E731
+        tables = score(planted, read("manifest"), {row["path"]: row for row in read("evaluation")})
+        show(tables)
+        if args.json:
+            Path(args.json).write_text(
+                json.dumps(dict(arguments=vars(args), tables=tables), indent=1, default=str)
+            )
+
+
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(required=True)
+    add = (one := commands.add_parser("truth")).add_argument
+    one.set_defaults(command=truth)
+    add("work", help="a folder for the pile; what was rendered there is used again")
+    add("settings", nargs="*", help="of curate.py")
+    add("--images", type=int, default=20_000)
+    add("--seed", type=int, default=1)
+    add("--photos", default="", help="a data URI of photos that join the pile")
+    add("--weights", default="", help="a backbone: with it, features, content and so on are judged too")
+    add("--sweep", default="", help="a setting and its values: section.key=a,b,c")
+    add("--workers", type=int, default=1)
+    add("--json", default="")
+    args = parser.parse_args()
+    args.command(args)
+
+
+if __name__ == "__main__":
+    main()
