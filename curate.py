@@ -257,6 +257,8 @@ class Pile:
     def count(self, stage):
         counts = np.bincount(self.why[: self.own], minlength=len(REASONS)).tolist()
         self.stages.append([stage, counts[0], dict(x for x in zip(REASONS, counts) if x[1])])
+        if not counts[0]:
+            raise UserError(f"after {stage} no image is left: {self.stages[-1][2]}; look at the settings")
 
     def left(self):
         """Numbers of the source's images that are still in."""
@@ -365,8 +367,6 @@ def limit(cut, scores):
 
 def judge_quality(pile):
     q, good, why = pile.cfg.quality, pile.left(), np.zeros(pile.n, np.uint8)
-    if not len(good):
-        raise UserError(f"none of the {pile.own} images can be read: {pile.work}/ingest has the reasons")
     short, long = np.sort([pile.width, pile.height], axis=0)
     cut = {k: limit(getattr(q, k), getattr(pile, k[4:])[good]) for k in vars(q) if k[4:] in SCORES}
     rules = dict(small=short < q.min_side, long=long > q.max_aspect * short, dark=pile.dark < cut["min_dark"],
@@ -554,8 +554,6 @@ def balance(pile):
 def write(pile):
     """OUT/shards/*.tar, manifest.jsonl, evaluation.jsonl (the evaluation sets' rows) and the funnel."""
     kept, size = pile.left(), pile.cfg.write.images
-    if not len(kept):
-        raise UserError(f"nothing is left of the pile: {pile.stages[-1][2]}; loosen the settings")
     trail, marks = vectors.digest(pile.trail, size), pile.work / "shards"
 
     def job(s):

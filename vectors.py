@@ -283,7 +283,7 @@ def train_filter(eye, c):
     allowed, blocked = (eye(open_source(uri)).astype(np.float64) for uri in (c.allow, c.block))
     x, y = np.concatenate([allowed, blocked]), np.repeat([0.0, 1.0], [len(allowed), len(blocked)])
     p = held_out(x, y, logistic=True)
-    cut = np.sort(p[y == 1])[int((1 - c.recall) * len(blocked))]
+    cut = np.sort(p[y == 1])[min(int((1 - c.recall) * len(blocked)), len(blocked) - 1)]
     weight, bias = fit(x, y, logistic=True)
     precision, recall = y[p >= cut].mean(), (p >= cut)[y == 1].mean()
     note = (

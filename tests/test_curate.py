@@ -1,4 +1,4 @@
-"""Curation: hashes as imagehash's, a join without misses, exact sums, restarts, and what was planted is found."""
+"""Curation: hashes as imagehash's, a join without misses, exact sums, restarts; what was planted is found."""
 
 import csv
 import io
@@ -22,6 +22,7 @@ from data import decode, open_source
 from scenes import render
 
 ROOT = Path(__file__).parent.parent
+PIPES = dict(cwd=ROOT, capture_output=True, text=True)
 
 
 def scene(i, size=224, seed=5):
@@ -65,6 +66,9 @@ def build(root, images):
     put("c5.jpg", jpeg(images[9].point(lambda v: 250 + v // 64)), "bright")
     put("d0.jpg", files[10][: len(files[10]) // 2], "unreadable")
     put("d1.jpg", b"<html>404</html>", "unreadable")
+    noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    for i, pixels in enumerate(noise):
+        put(f"n{i}.png", png(Image.fromarray(pixels)), folder="block")
     put("e20.png", png(images[20]), folder="evaluation")
     put("e21.jpg", jpeg(images[21].resize((300, 300), Image.BICUBIC)), folder="evaluation")
     return truth
@@ -84,11 +88,14 @@ def pile(images, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A teacher.pth of a small random network: features that are good for nothing but being the same."""
+    """A teacher.pth of a small random network, its LayerScale open, so that features differ."""
     from model import VisionTransformer
 
     torch.manual_seed(0)
     net = VisionTransformer(32, 2, 2, patch_size=8, img_size=32, num_register_tokens=2, init_std=0.1)
+    for name, p in net.named_parameters():
+        if name.endswith("gamma"):
+            p.data.fill_(1.0)
     file = tmp_path_factory.mktemp("weights") / "teacher.pth"
     torch.save({"teacher": {f"backbone.{k}": v for k, v in net.state_dict().items()}}, file)
     return file
@@ -190,7 +197,6 @@ def test_shards_give_the_same_as_files(pile, done, tmp_path):
     rows = manifest(tmp_path / "out")
     why = {row["key"] if "key" in row else Path(row["path"]).name: row["why"] for row in rows}
     assert why.pop("gone") == "unreadable" and why.pop("00002.tar") == "unreadable"
-    # Which copy of equal size comes first differs, hence which one of them stays; everything else is the same.
     assert why == {Path(name).stem: reason for name, reason in pile[1].items()}
     assert len(open_source(f"list:{tmp_path}/out/manifest.jsonl")) == 22
 
@@ -418,9 +424,9 @@ def test_scores_are_held_out():
     rng = np.random.default_rng(6)
     x, y = rng.normal(size=(60, 40)), np.repeat([0.0, 1.0], 30)
     p = vectors.held_out(x, y, logistic=True)
-    assert abs(((p > 0.5) == y).mean() - 0.5) < 0.25
+    assert abs(((p > 0.5) == y).mean() - 0.5) < 0.2
     weight, bias = vectors.fit(x, y, logistic=True)
-    assert (((x @ weight + bias) > 0) == y).mean() > 0.9
+    assert (((x @ weight + bias) > 0) == y).mean() > 0.8
 
 
 class Known:
@@ -531,10 +537,10 @@ def test_embeddings_made_elsewhere(colours, tmp_path):
 
 def everything(root, weights):
     """Settings under which every stage has something to do."""
-    return settings(root, f"features.weights={weights}", "features.size=32", "dedup.min_cosine=0.9999",
-                    "dedup.leak_cosine=0.9998", "balance.target=15", "balance.clusters=6 2",
-                    f"content.allow=folder:{root}/pile", f"content.block=folder:{root}/evaluation",
-                    "content.recall=0.5")  # fmt: skip
+    return settings(root, f"features.weights={weights}", "features.size=32", "dedup.min_cosine=0.97",
+                    "dedup.leak_cosine=0.96", "balance.target=15", "balance.clusters=6 2",
+                    f"content.allow=folder:{root}/pile", f"content.block=folder:{root}/block",
+                    "content.recall=0.8")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -563,9 +569,7 @@ def test_workers_change_nothing(pile, weights, whole, tmp_path):
 def test_two_processes_are_one(pile, weights, whole, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "curate.py",
                "run", f"folder:{pile[0]}/pile", str(tmp_path), *everything(pile[0], weights)]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **PIPES)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path) == whole and done.stdout.count("quality ") == 1
 
@@ -603,9 +607,7 @@ def killed(pile, weights, out, points):
     """Runs that die at the given files (negative: just after its name appears), then one that lives."""
     command = [sys.executable, "-c", LIVES, f"folder:{pile[0]}/pile", str(out), " ".join(map(str, points)),
                *everything(pile[0], weights)]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **PIPES)
     signals = [int(line) for line in done.stdout.split() if line.isdigit()]
     assert signals == [signal.SIGKILL] * len(points) + [0], done.stderr
 
@@ -656,20 +658,22 @@ def test_other_settings_leave_nothing_of_the_old(pile, done, tmp_path):
     """Stricter and back again: shards of one never pass for those of the other."""
     source, chosen = f"folder:{pile[0]}/pile", settings(pile[0])
     run(source, tmp_path, [*chosen, "quality.min_sharpness=60%"])
-    assert len(list((tmp_path / "shards").glob("*.tar"))) == 1
+    assert len(list((tmp_path / "shards").glob("*.tar"))) == 2
     run(source, tmp_path, chosen)
     assert result(tmp_path) == result(done)
     run(source, tmp_path, [*chosen, "quality.min_sharpness=60%"])
-    assert len(list((tmp_path / "shards").glob("*.tar"))) == 1
+    assert len(list((tmp_path / "shards").glob("*.tar"))) == 2
 
 
-def test_one_run_at_a_time(pile, tmp_path):
-    holder = "import sys, time, pathlib, runfolder; x = runfolder.take_lock(pathlib.Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
-    try:
+def test_one_run_at_a_time(pile, tmp_path, monkeypatch):
+    holder = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(1, flush=True); "
+    holder += "time.sleep(60)"
+    command = [sys.executable, "-c", holder, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        command = [sys.executable, "curate.py", "run", f"folder:{pile[0]}/pile", str(tmp_path)]
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert found.returncode == 1 and "in use by pid" in found.stderr and found.stderr.count("\n") == 1
-    finally:
+        monkeypatch.setattr(sys, "argv", ["curate.py", "run", f"folder:{pile[0]}/pile", str(tmp_path)])
+        with pytest.raises(UserError, match="in use"):
+            curate.main()
         other.kill()
+    curate.main()
+    assert (tmp_path / "manifest.jsonl").exists()
