@@ -69,10 +69,10 @@ class Settings:
         min_dark: Cut = 0.32  # brightness (0 to 1) that the lightest 1 % of pixels reach; below: black
         max_bright: Cut = 0.95  # brightness that all but the darkest 5 % exceed; above: white
         min_entropy: Cut = 3.0  # bits of the grey histogram, 8 at most; below: flat
-        min_sharpness: Cut = 40.0  # variance of the Laplacian of the grey picture; below: blurred
+        min_sharpness: Cut = 0.03  # variance of the Laplacian over that of the grey picture; below: blurred
     class dedup:
-        radius: Whole = 4  # bits of 64 that may differ in pHash; found without exception: radius + 1 bands
-        radius_dhash: Whole = 10  # and in dHash: two different hashes seldom err together
+        radius: Whole = 4  # bits of 64 that may differ in pHash or in dHash; radius + 1 bands find them all
+        other_radius: Whole = 10  # and in the other one: two so different hashes seldom err together
         min_cosine: Cosine = 2.0  # of features that makes duplicates; depends on the backbone
         evaluation: str = ""  # data URIs with ";" between: nothing that resembles their images may stay
         leak_cosine: Cosine = 2.0  # of features to one of those; below min_cosine is the safe side
@@ -326,16 +326,19 @@ def measure(image):
     grey = ImageOps.exif_transpose(grey.reduce(max(min(grey.size) // THUMB, 1)))
     share = np.cumsum(grey.histogram()) / (grey.width * grey.height)
     small = grey.reduce(2) if min(grey.size) >= 64 else grey  # all that hashes need, in half the time
-    return dict(width=width, height=height, format=form, sharpness=sharpness(grey), entropy=grey.entropy(),
+    return dict(width=width, height=height, format=form, sharpness=sharpness(grey), entropy=abs(grey.entropy()),
                 dark=np.searchsorted(share, 0.99) / 255, bright=np.searchsorted(share, 0.05) / 255,
                 phash=f"{phash(small):016x}", dhash=f"{dhash(small):016x}")  # fmt: skip
 
 
 def sharpness(grey):
-    """Variance of the Laplacian, that is 4 times a pixel less its four neighbours."""
+    """Variance of the Laplacian (4 times a pixel less its four neighbours), over that of the picture itself.
+
+    Without the division, a sharp picture of low contrast passes for a blurred one.
+    """
     x = np.asarray(grey, np.int16)
     y = 4 * x[1:-1, 1:-1] - x[:-2, 1:-1] - x[2:, 1:-1] - x[1:-1, :-2] - x[1:-1, 2:]
-    return float(y.var(dtype=np.float32)) if y.size else 0.0
+    return float(y.var(dtype=np.float32) / (x.var(dtype=np.float32) + 1)) if y.size else 0.0
 
 
 DCT = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))  # (8, 32): the 8 slowest waves
@@ -427,9 +430,10 @@ def judge_hashes(pile):
     hashes, alike, kind = np.unique(both, axis=0, return_index=True, return_inverse=True)
     first_of = same[sha], alike[kind.ravel()]  # copies are many: the join compares distinct hashes only
     pairs = [np.stack([np.arange(len(rows)), first], 1) for first in first_of]
-    for pair in join(hashes[:, 0].copy(), d.radius):
-        far = np.bitwise_count(hashes[pair[:, 0], 1] ^ hashes[pair[:, 1], 1])
-        pairs.append(alike[pair[far <= d.radius_dhash]])
+    for one, other in ((0, 1), (1, 0)):
+        for pair in join(hashes[:, one].copy(), d.radius):
+            apart = np.bitwise_count(hashes[pair[:, 0], other] ^ hashes[pair[:, 1], other])
+            pairs.append(alike[pair[apart <= d.other_radius]])
     roots = vectors.components(len(rows), np.concatenate(pairs).tolist())
     exact, near = map(REASONS.index, ("exact duplicate", "near duplicate"))
     return settle(pile, rows, roots, np.where(first_of[0] != np.arange(len(rows)), exact, near))
