@@ -52,6 +52,7 @@ PARTITION = 1000  # images, on average, among which feature duplicates are sough
 REASONS = ("kept", "unreadable", "small", "long", "dark", "bright", "flat", "blurred", "exact duplicate",
            "near duplicate", "feature duplicate", "leak", "ugly", "blocked", "not retrieved",
            "over quota")  # fmt: skip
+USTAR = tarfile.USTAR_FORMAT  # the plainest: what every reader knows
 SCORES = ("sharpness", "entropy", "dark", "bright")
 
 Cut = Annotated[float, -1e15, 1e15, "a number, or a percentile of the pile such as 2%"]
@@ -73,14 +74,15 @@ class Settings:
     class dedup:
         radius: Whole = 4  # bits of 64 that may differ in pHash or in dHash; radius + 1 bands find them all
         other_radius: Whole = 10  # and in the other one: two so different hashes seldom err together
-        min_cosine: Cosine = 2.0  # of features that makes duplicates; depends on the backbone
         evaluation: str = ""  # data URIs with ";" between: nothing that resembles their images may stay
-        leak_cosine: Cosine = 2.0  # of features to one of those; below min_cosine is the safe side
     class features:
         weights: str = ""  # as --weights of features.py; empty: no features, no stage that needs them
         embeddings: str = ""  # or made elsewhere: .npz (cls, paths), .npy (a row per image in ingest's order)
         size: Whole = 0  # pixels that the backbone sees; 0 = its own
         batch: Count = 64
+    class similar:
+        min_cosine: Cosine = 2.0  # of features that makes duplicates; depends on the backbone
+        leak_cosine: Cosine = 2.0  # of features to an evaluation image; below min_cosine is the safe side
     class content:
         allow: str = ""  # data URI of examples that are fine
         block: str = ""  # of examples that are not: from both, a head is trained and cross-validated
@@ -250,10 +252,6 @@ class Pile:
             self.notes += columns["notes"].tolist() if "notes" in columns else []
         self.count(stage)
 
-    def need_features(self, stage):
-        if self.eye is None:
-            raise UserError(f"{stage} needs features: name features.weights or features.embeddings")
-
     def count(self, stage):
         counts = np.bincount(self.why[: self.own], minlength=len(REASONS)).tolist()
         self.stages.append([stage, counts[0], dict(x for x in zip(REASONS, counts) if x[1])])
@@ -360,9 +358,6 @@ def pack(bits):
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-# ---------------------------------------------------------------- quality: rules over scores
-
-
 def limit(cut, scores):
     """A Cut -> a number."""
     return float(np.percentile(scores, float(cut[:-1]))) if isinstance(cut, str) else float(cut)
@@ -378,10 +373,6 @@ def judge_quality(pile):
     for name, fails in rules.items():  # the first that fails is the reason
         why[: pile.own][(why == 0)[: pile.own] & fails[: pile.own]] = REASONS.index(name)
     return dict(why=why)
-
-
-def quality(pile):
-    pile.decide("quality", judge_quality, pile.cfg.quality)
 
 
 # ---------------------------------------------------------------- dedup: same bytes, looks, features
@@ -440,19 +431,23 @@ def judge_hashes(pile):
 
 
 def judge_features(pile):
-    d, own = pile.cfg.dedup, pile.seen < pile.own
-    roots = vectors.families(pile.x, own, d.min_cosine, d.leak_cosine, PARTITION)
+    s, own = pile.cfg.similar, pile.seen < pile.own
+    roots = vectors.families(pile.x, own, s.min_cosine, s.leak_cosine, PARTITION)
     return settle(pile, pile.seen, roots, np.full(len(own), REASONS.index("feature duplicate")))
 
 
 def dedup(pile):
-    pile.decide("hashes", judge_hashes, pile.cfg.dedup)
-    if not (pile.cfg.features.weights or pile.cfg.features.embeddings):
-        return pile.notes.append("no features.weights or features.embeddings: what needs features is off")
-    look(pile)
-    if min(pile.cfg.dedup.min_cosine, pile.cfg.dedup.leak_cosine) < 1:
-        pile.decide("similar", judge_features, pile.cfg.dedup)
-        pile.x, pile.seen = pile.x[keep := pile.why[pile.seen] == 0], pile.seen[keep]
+    cfg = pile.cfg
+    pile.decide("hashes", judge_hashes, cfg.dedup)
+    if cfg.features.weights or cfg.features.embeddings:
+        look(pile)
+        if min(cfg.similar.min_cosine, cfg.similar.leak_cosine) < 1:
+            pile.decide("similar", judge_features, cfg.similar)
+            pile.x, pile.seen = pile.x[keep := pile.why[pile.seen] == 0], pile.seen[keep]
+    elif cfg.balance.seeds or cfg.balance.target or wanted_heads(cfg.content):
+        raise UserError("content and balance need features: name features.weights or features.embeddings")
+    else:
+        pile.notes.append("no features.weights or features.embeddings: what needs features is off")
 
 
 def look(pile):
@@ -484,39 +479,32 @@ def row_name(row):
     return row.get("path") or f"{row['shard']}::{row['key']}"
 
 
-# ---------------------------------------------------------------- content: linear heads on features
+# ---------------------------------------------------------------- content and balance, on features
+
+
+def wanted_heads(c):
+    return [x for x in (c.ratings, c.head, c.allow, c.block) if x]
 
 
 def judge_content(pile):
-    c, why, mine = pile.cfg.content, np.zeros(pile.n, np.uint8), pile.left()
-    columns, notes = {k: np.full(pile.n, np.nan, np.float32) for k in ("aesthetics", "blocked")}, []
-    for name in [k for k, wanted in (("aesthetics", c.ratings), ("blocked", c.head or c.block)) if wanted]:
-        if name == "aesthetics":
-            head, note = vectors.train_aesthetics(pile.eye, c.ratings)
-        elif c.head:
-            head, note = dict(np.load(c.head)), f"content head {c.head}"
-        else:
-            head, note = vectors.train_filter(pile.eye, c)
+    c, mine, notes, columns = pile.cfg.content, pile.left(), [], dict(why=np.zeros(pile.n, np.uint8))
+    for name, head, note in vectors.heads(pile.eye, c):
+        columns[name] = np.full(pile.n, np.nan, np.float32)
         columns[name][pile.seen] = vectors.apply(head, pile.x)
-        score = columns[name][mine]
-        fails = score >= head["threshold"] if "threshold" in head else score < limit(c.min_aesthetics, score)
-        why[mine[fails & (why[mine] == 0)]] = REASONS.index("blocked" if "threshold" in head else "ugly")
+        score, ugly = columns[name][mine], name == "aesthetics"
+        fails = score < limit(c.min_aesthetics, score) if ugly else score >= head["threshold"]
+        columns["why"][mine[fails]] = REASONS.index("ugly" if ugly else "blocked")
         notes.append(note)
         if rank() == 0:  # may serve as content.head of another pile
             with in_one_act(pile.out / "heads" / f"{name}.npz") as f:
                 np.savez(f, **head)
-    return dict(columns, why=why, notes=np.array(notes, dtype=np.str_))
+    return dict(columns, notes=np.array(notes))
 
 
 def content(pile):
-    c = pile.cfg.content
-    if not (c.head or c.block or c.ratings):
-        return pile.notes.append("no content head: none is shipped; content.allow and content.block train one")
-    pile.need_features("content")
-    pile.decide("content", judge_content, c, [x for x in (c.head, c.allow, c.block, c.ratings) if x])
-
-
-# ---------------------------------------------------------------- balance: an equal share for each domain
+    if files := wanted_heads(pile.cfg.content):
+        return pile.decide("content", judge_content, pile.cfg.content, files)
+    pile.notes.append("no content head: none is shipped; content.allow and content.block train one")
 
 
 def judge_clusters(pile):
@@ -525,11 +513,12 @@ def judge_clusters(pile):
     for k in map(int, b.clusters.split()):
         points, index = vectors.kmeans(points, min(k, len(points)), b.seed, b.rounds)
         tree.insert(0, index[tree[0]] if tree else index)  # (n,) clusters of this level
-    kept = vectors.pour(tree, np.argsort(pile.sha[mine], kind="stable"), b.target)  # a hash is as good as a draw
+    order = np.argsort(pile.sha[mine], kind="stable")  # a hash is as good as a draw
+    kept = vectors.pour(tree, order, b.target)
     why, cluster, domain = np.zeros(pile.n, np.uint8), np.full(pile.n, -1), np.full(pile.n, -1)
     why[np.delete(mine, kept)], cluster[mine], domain[mine] = REASONS.index("over quota"), tree[-1], tree[0]
-    note = f"{len(x)} images to {len(kept)}; entropy of the domains, of 1: {vectors.entropy(tree[0]):.3f} before, "
-    note += f"{vectors.entropy(tree[0][kept]):.3f} after"
+    before, after = vectors.entropy(tree[0]), vectors.entropy(tree[0][kept])
+    note = f"{len(x)} images to {len(kept)}; entropy of the domains, of 1: {before:.3f} before, {after:.3f} after"
     return dict(why=why, cluster=cluster, domain=domain, notes=np.array([note]))
 
 
@@ -544,8 +533,6 @@ def judge_neighbours(pile):
 
 def balance(pile):
     b = pile.cfg.balance
-    if b.seeds or b.target:
-        pile.need_features("balance")
     if b.seeds:
         pile.decide("retrieval", judge_neighbours, b, [b.seeds])
     if b.target:
@@ -562,7 +549,7 @@ def write(pile):
 
     def job(s):
         (marks / str(s)).unlink(missing_ok=True)  # from now on the shard is nobody's
-        with in_one_act(pile.out / "shards" / f"{s:05d}.tar") as f, tarfile.open(fileobj=f, mode="w:") as tar:
+        with in_one_act(pile.out / "shards" / f"{s:05d}.tar") as f, tarfile.open(None, "w", f, format=USTAR) as tar:
             for i, row in pile.some(kept[s * size : (s + 1) * size]):
                 add_sample(tar, f"{i:09d}", row)
         replace(marks / str(s), trail)
@@ -594,10 +581,10 @@ def add_sample(tar, key, row):
     files = {row["format"].lower().replace("jpeg", "jpg"): data, "json": json.dumps(about).encode()}
     if row["label"] is not None:
         files["cls"] = str(row["label"]).encode()
-    for extension, content in files.items():
+    for extension, data in files.items():
         member = tarfile.TarInfo(f"{key}.{extension}")  # its time, owner and mode are constants
-        member.size = len(content)
-        tar.addfile(member, BytesIO(content))
+        member.size = len(data)
+        tar.addfile(member, BytesIO(data))
 
 
 def manifest_line(pile, i, row):
@@ -612,13 +599,13 @@ def manifest_line(pile, i, row):
     return (json.dumps(line) + "\n").encode()
 
 
-STAGES = dict(ingest=ingest, quality=quality, dedup=dedup, content=content, balance=balance, write=write)
+STAGES = dict(ingest=ingest, quality=lambda pile: pile.decide("quality", judge_quality, pile.cfg.quality),
+              dedup=dedup, content=content, balance=balance, write=write)  # fmt: skip
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    add = parser.add_argument
+    kind = argparse.RawDescriptionHelpFormatter
+    add = (parser := argparse.ArgumentParser(description=__doc__, formatter_class=kind)).add_argument
     add("stage", choices=[*STAGES, "run"], help="up to where; run: all of it")
     add("source", help="folder:PATH, list:FILE.jsonl, or tar:PATH, a folder or {000..010}.tar")
     add("out", help="a folder, on a file system that all processes see")
@@ -635,10 +622,7 @@ def main():
         if name == args.stage:
             break
     if rank() == 0:
-        for name, left, why in pile.stages:
-            dropped = ", ".join(f"{v:,d} {k}" for k, v in why.items() if k != "kept")
-            print(f"{name:10s} {left:9,d} images; {dropped}")
-        print(*pile.notes, sep="\n")
+        print(*funnel.lines(pile.stages), *pile.notes, sep="\n")
     end()
 
 

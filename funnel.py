@@ -111,6 +111,13 @@ def stage_table(stages):
     return f"<table><tr><th>stage<th>images left<th><th>dropped here{''.join(lines)}</table>"
 
 
+def lines(stages):
+    """The same for the console."""
+    for name, left, why in stages:
+        dropped = ", ".join(f"{count:,d} {reason}" for reason, count in why.items() if reason != "kept")
+        yield f"{name:10s} {left:9,d} images; {dropped}"
+
+
 def draw(out):
     """OUT/manifest.jsonl and OUT/funnel.json -> OUT/funnel.html."""
     about, (groups, scores) = json.loads((out / "funnel.json").read_text()), survey(out)

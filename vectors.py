@@ -278,8 +278,28 @@ def held_out(x, y, logistic, folds=5):
     return sigmoid(scores) if logistic else scores
 
 
+def heads(eye, c):
+    """The heads that the settings `content` ask for -> [(column, head, note)]."""
+    found = [("aesthetics", *train_aesthetics(eye, c.ratings))] if c.ratings else []
+    if c.head:
+        try:
+            with np.load(c.head) as file:
+                head = {k: file[k] for k in ("weight", "bias", "threshold")}
+        except (OSError, ValueError, KeyError) as e:
+            raise UserError(f"{c.head} must be an .npz with weight, bias and threshold ({e})") from None
+        found.append(("blocked", head, f"content head {c.head}"))
+    elif c.block or c.allow:
+        found.append(("blocked", *train_filter(eye, c)))
+    for _, head, _ in found:
+        if head["weight"].shape != (eye.width,):
+            raise UserError(f"the head is for {len(head['weight'])} features, here are {eye.width}")
+    return found
+
+
 def train_filter(eye, c):
     """Allowed and blocked examples -> a head, and a note with its cross-validated precision and recall."""
+    if not (c.allow and c.block):
+        raise UserError("content.allow and content.block belong together: name examples of both")
     allowed, blocked = (eye(open_source(uri)).astype(np.float64) for uri in (c.allow, c.block))
     x, y = np.concatenate([allowed, blocked]), np.repeat([0.0, 1.0], [len(allowed), len(blocked)])
     p = held_out(x, y, logistic=True)

@@ -458,7 +458,6 @@ def main():
     add = (one := commands.add_parser("truth")).add_argument
     one.set_defaults(command=truth)
     add("work", help="a folder for the pile; what was rendered there is used again")
-    add("settings", nargs="*", help="of curate.py")
     add("--images", type=int, default=20_000)
     add("--seed", type=int, default=1)
     add("--photos", default="", help="a data URI of photos that join the pile")
@@ -476,7 +475,10 @@ def main():
     add("--pile", default="10000,100000", help="images of the piles whose memory is measured")
     add("--work", default="runs/curation", help="a folder for them")
     add("--json", default="")
-    args = parser.parse_args()
+    args, rest = parser.parse_known_args()
+    if strange := [x for x in rest if "=" not in x or x.startswith("-")] or (rest and args.command is speed):
+        parser.error(f"unknown: {strange}")
+    args.settings = rest
     args.command(args)
 
 

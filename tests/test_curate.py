@@ -537,8 +537,8 @@ def test_embeddings_made_elsewhere(colours, tmp_path):
 
 def everything(root, weights):
     """Settings under which every stage has something to do."""
-    return settings(root, f"features.weights={weights}", "features.size=32", "dedup.min_cosine=0.97",
-                    "dedup.leak_cosine=0.96", "balance.target=15", "balance.clusters=6 2",
+    return settings(root, f"features.weights={weights}", "features.size=32", "similar.min_cosine=0.97",
+                    "similar.leak_cosine=0.96", "balance.target=15", "balance.clusters=6 2",
                     f"content.allow=folder:{root}/pile", f"content.block=folder:{root}/block",
                     "content.recall=0.8")  # fmt: skip
 
