@@ -4,14 +4,13 @@
     python curate.py dedup folder:/pile out ...     # up to this stage; what is done is not done again
     torchrun --nproc-per-node 8 curate.py run 'tar:/pile/{00000..00099}.tar' out ...    # on many machines too
 
-ingest: every image is read once: decoded, measured, hashed. quality: rules over those scores. dedup: same
-bytes, same looks, same features; what hangs together with an evaluation set goes altogether. content: linear
-heads on features, for what must not and what should be there. balance: an equal share for each domain, or the
-neighbours of a seed set. write: tar shards, manifest.jsonl, funnel.html. Pixels are never changed or deleted.
-No head is shipped and no backbone named: until you do, the stages that need one are off, and say so.
-Downloading is img2dataset's job; its shards are read as they lie:
-
-    img2dataset --url_list urls.parquet --input_format parquet --output_format webdataset --output_folder pile
+ingest: each image is read once: decoded, measured, hashed. quality: rules over those scores. dedup: same
+bytes, looks or features; what hangs together with an evaluation set goes altogether. content: linear heads
+on features, for what must not and what should be there. balance: an equal share for each domain, or the
+neighbours of a seed set. write: tar shards, manifest.jsonl, funnel.html. Pixels are never changed or
+deleted. No head is shipped and no backbone named: until you do, the stages that need one are off, and say
+so. Downloading is img2dataset's job (`img2dataset --url_list urls.parquet --input_format parquet
+--output_format webdataset --output_folder pile`).
 
 What is unusual here: any number of processes, killed any number of times, write the same bytes. Work is cut
 into pieces (a shard, or 1,000 files). What comes of a piece, and the verdict of a stage, is a file that is
@@ -48,11 +47,9 @@ from runfolder import in_one_act, replace, take_lock
 
 VERSION = 1  # of what the stages compute: raise it, and nothing old is taken for done
 THUMB = 128  # pixels, at least, of the short side of the grey picture on which everything is measured
-PARTITION = 1000  # images, on average, among which feature duplicates are sought
 REASONS = ("kept", "unreadable", "small", "long", "dark", "bright", "flat", "blurred", "exact duplicate",
            "near duplicate", "feature duplicate", "leak", "ugly", "blocked", "not retrieved",
            "over quota")  # fmt: skip
-USTAR = tarfile.USTAR_FORMAT  # the plainest: what every reader knows
 SCORES = ("sharpness", "entropy", "dark", "bright")
 
 Cut = Annotated[float, -1e15, 1e15, "a number, or a percentile of the pile such as 2%"]
@@ -90,6 +87,7 @@ class Settings:
         head: str = ""  # or a head from a file: .npz of weight (D,), bias, threshold
         ratings: str = ""  # CSV of path,rating (paths relative to it): trains the aesthetics score
         min_aesthetics: Cut = -1e15  # in the units of the ratings
+        files = lambda self: [x for x in (self.ratings, self.head, self.allow, self.block) if x]  # noqa: E731
     class balance:
         seeds: str = ""  # data URI: keep the k nearest of each of its images, and nothing else
         k: Count = 4  # LVD-142M: 4 for large seed sets, 32 for small ones
@@ -128,9 +126,6 @@ def load(file=None, overrides=()):
     return cfg
 
 
-# ---------------------------------------------------------------- pieces of work
-
-
 def pieces(uri, size):
     """A data URI -> its pieces: paths of tar shards, or (Images, first, end) of at most `size` files."""
     kind, _, rest = uri.partition(":")
@@ -159,16 +154,16 @@ def entries(piece):
         items = index_tar(piece).items()
         return [(x[0] or f"{piece}::{key}", x[1], x[2] if x[0] else -2, x[3]) for key, x in items]
     images, first, end = piece
-    label = lambda y: None if y < 0 else images.classes[y] if images.classes else y  # noqa: E731
-    where = zip(images.labels[first:end].tolist(), images.where[first:end].tolist())
-    return [(images.name(i), label(y), *at) for i, (y, at) in enumerate(where, first)]
+    labels = [y if y >= 0 else None for y in images.labels[first:end].tolist()]
+    if images.classes:
+        labels = [y if y is None else images.classes[y] for y in labels]
+    return [(images.name(i), y, *images.where[i].tolist()) for i, y in enumerate(labels, first)]
 
 
 def version(piece):
     """A text that changes when a file of the piece does."""
     names = [piece] if isinstance(piece, str) else [piece[0].name(i) for i in range(*piece[1:])]
-    files = names if isinstance(piece, str) else dict.fromkeys(x.partition("::")[0] for x in names)
-    return vectors.digest(names, vectors.stamp(*files))
+    return vectors.digest(names, vectors.stamp(*dict.fromkeys(x.partition("::")[0] for x in names)))
 
 
 def each(job, todo, workers):
@@ -222,8 +217,7 @@ class Pile:
         columns = [columns_of(self.rows(k)) for k in range(len(self.parts))]
         self.first = np.cumsum([0, *(len(c["why"]) for c in columns)])
         self.n, self.own = int(self.first[-1]), int(self.first[self.owned])
-        for name in columns[0]:
-            setattr(self, name, np.concatenate([c[name] for c in columns]))
+        vars(self).update({name: np.concatenate([c[name] for c in columns]) for name in columns[0]})
         self.of = self.cluster = self.domain = np.full(self.n, -1)
         self.blocked = self.aesthetics = np.full(self.n, np.nan, np.float32)
         self.trail = vectors.digest(self.trail, [part.name for part in self.parts])
@@ -240,16 +234,12 @@ class Pile:
         self.trail = vectors.digest(self.trail, stage, asdict(settings), known)
         path = self.work / f"{stage}-{self.trail}.npz"
         if not from_first(path.exists()):
-            columns = judge(self)
-            if rank() == 0:
-                with in_one_act(path) as f:
-                    np.savez(f, **columns)
-            tally(0)
-        with np.load(path) as columns:
-            for name in columns.files:
-                setattr(self, name, columns[name]) if name not in ("why", "notes") else None
-            self.why = np.where(self.why, self.why, columns["why"])
-            self.notes += columns["notes"].tolist() if "notes" in columns else []
+            save(path, judge(self))
+        with np.load(path) as file:
+            columns = dict(file)
+        self.why = np.where(self.why, self.why, columns.pop("why"))
+        self.notes += columns.pop("notes", np.array([])).tolist()
+        vars(self).update(columns)
         self.count(stage)
 
     def count(self, stage):
@@ -263,6 +253,14 @@ class Pile:
         return np.flatnonzero(self.why[: self.own] == 0)
 
 
+def save(path, columns):
+    """A dict as .npz, by the first process; the others wait until it is there."""
+    if rank() == 0:
+        with in_one_act(path) as f:
+            np.savez(f, **columns)
+    tally(0)
+
+
 def columns_of(rows):
     """Rows of a piece -> arrays (n,)."""
     take = lambda name, kind, no: np.array([r.get(name, no) for r in rows], kind)  # noqa: E731
@@ -270,9 +268,6 @@ def columns_of(rows):
     columns |= {k: np.array([int(r.get(k, "0"), 16) for r in rows], np.uint64) for k in ("phash", "dhash")}
     columns |= {k: take(k, np.int64, 0) for k in ("width", "height", "bytes")}
     return columns | {k: take(k, np.float32, np.nan) for k in SCORES}
-
-
-# ---------------------------------------------------------------- ingest: one pass over every image
 
 
 def ingest(pile):
@@ -324,9 +319,10 @@ def measure(image):
     grey = ImageOps.exif_transpose(grey.reduce(max(min(grey.size) // THUMB, 1)))
     share = np.cumsum(grey.histogram()) / (grey.width * grey.height)
     small = grey.reduce(2) if min(grey.size) >= 64 else grey  # all that hashes need, in half the time
-    return dict(width=width, height=height, format=form, sharpness=sharpness(grey), entropy=abs(grey.entropy()),
-                dark=np.searchsorted(share, 0.99) / 255, bright=np.searchsorted(share, 0.05) / 255,
-                phash=f"{phash(small):016x}", dhash=f"{dhash(small):016x}")  # fmt: skip
+    return dict(width=width, height=height, format=form, sharpness=sharpness(grey),
+                entropy=abs(grey.entropy()), dark=np.searchsorted(share, 0.99) / 255,
+                bright=np.searchsorted(share, 0.05) / 255, phash=f"{phash(small):016x}",
+                dhash=f"{dhash(small):016x}")  # fmt: skip
 
 
 def sharpness(grey):
@@ -345,17 +341,13 @@ DCT = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))  # (8, 
 def phash(grey):
     """64 bits: which of the 8 x 8 slowest cosine waves of the picture are above their median."""
     low = DCT @ np.asarray(grey.resize((32, 32), Image.LANCZOS), np.float64) @ DCT.T
-    return pack(low > np.median(low))
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 
 def dhash(grey):
     """64 bits: where an 8 x 9 version of the picture grows brighter to the right."""
     x = np.asarray(grey.resize((9, 8), Image.LANCZOS))
-    return pack(x[:, 1:] > x[:, :-1])
-
-
-def pack(bits):
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+    return int.from_bytes(np.packbits(x[:, 1:] > x[:, :-1]).tobytes(), "big")
 
 
 def limit(cut, scores):
@@ -373,9 +365,6 @@ def judge_quality(pile):
     for name, fails in rules.items():  # the first that fails is the reason
         why[: pile.own][(why == 0)[: pile.own] & fails[: pile.own]] = REASONS.index(name)
     return dict(why=why)
-
-
-# ---------------------------------------------------------------- dedup: same bytes, looks, features
 
 
 def join(hashes, radius):
@@ -432,7 +421,7 @@ def judge_hashes(pile):
 
 def judge_features(pile):
     s, own = pile.cfg.similar, pile.seen < pile.own
-    roots = vectors.families(pile.x, own, s.min_cosine, s.leak_cosine, PARTITION)
+    roots = vectors.families(pile.x, own, s.min_cosine, s.leak_cosine)
     return settle(pile, pile.seen, roots, np.full(len(own), REASONS.index("feature duplicate")))
 
 
@@ -444,7 +433,7 @@ def dedup(pile):
         if min(cfg.similar.min_cosine, cfg.similar.leak_cosine) < 1:
             pile.decide("similar", judge_features, cfg.similar)
             pile.x, pile.seen = pile.x[keep := pile.why[pile.seen] == 0], pile.seen[keep]
-    elif cfg.balance.seeds or cfg.balance.target or wanted_heads(cfg.content):
+    elif cfg.balance.seeds or cfg.balance.target or cfg.content.files():
         raise UserError("content and balance need features: name features.weights or features.embeddings")
     else:
         pile.notes.append("no features.weights or features.embeddings: what needs features is off")
@@ -459,7 +448,8 @@ def look(pile):
 
     def job(k):
         numbers = pile.seen[ends[k] : ends[k + 1]]
-        names = [(row_name(row), None, *row["at"]) for _, row in pile.some(numbers)]
+        rows = [row for _, row in pile.some(numbers)]
+        names = [(row.get("path") or "{shard}::{key}".format(**row), None, *row["at"]) for row in rows]
         with in_one_act(folder / f"{k}.npy") as f:
             np.save(f, eye(Images(names), numbers) if names else np.zeros((0, eye.width), np.float16))
 
@@ -467,23 +457,9 @@ def look(pile):
         todo = [k for k in range(len(pile.parts)) if not (folder / f"{k}.npy").exists()]
         each(job, todo, 0 if torch.cuda.is_available() else pile.workers)
         if rank() == 0:
-            with in_one_act(whole) as f:
-                shape = dict(descr="<f2", fortran_order=False, shape=(len(pile.seen), eye.width))
-                np.lib.format.write_array_header_1_0(f, shape)
-                f.writelines(np.load(folder / f"{k}.npy").tobytes() for k in range(len(pile.parts)))
+            vectors.chain(whole, [folder / f"{k}.npy" for k in range(len(pile.parts))], eye.width)
         tally(0)
     pile.x = np.load(whole, mmap_mode="r")
-
-
-def row_name(row):
-    return row.get("path") or f"{row['shard']}::{row['key']}"
-
-
-# ---------------------------------------------------------------- content and balance, on features
-
-
-def wanted_heads(c):
-    return [x for x in (c.ratings, c.head, c.allow, c.block) if x]
 
 
 def judge_content(pile):
@@ -495,14 +471,12 @@ def judge_content(pile):
         fails = score < limit(c.min_aesthetics, score) if ugly else score >= head["threshold"]
         columns["why"][mine[fails]] = REASONS.index("ugly" if ugly else "blocked")
         notes.append(note)
-        if rank() == 0:  # may serve as content.head of another pile
-            with in_one_act(pile.out / "heads" / f"{name}.npz") as f:
-                np.savez(f, **head)
+        save(pile.out / "heads" / f"{name}.npz", head)  # may serve as content.head of another pile
     return dict(columns, notes=np.array(notes))
 
 
 def content(pile):
-    if files := wanted_heads(pile.cfg.content):
+    if files := pile.cfg.content.files():
         return pile.decide("content", judge_content, pile.cfg.content, files)
     pile.notes.append("no content head: none is shipped; content.allow and content.block train one")
 
@@ -518,7 +492,7 @@ def judge_clusters(pile):
     why, cluster, domain = np.zeros(pile.n, np.uint8), np.full(pile.n, -1), np.full(pile.n, -1)
     why[np.delete(mine, kept)], cluster[mine], domain[mine] = REASONS.index("over quota"), tree[-1], tree[0]
     before, after = vectors.entropy(tree[0]), vectors.entropy(tree[0][kept])
-    note = f"{len(x)} images to {len(kept)}; entropy of the domains, of 1: {before:.3f} before, {after:.3f} after"
+    note = f"{len(x)} images to {len(kept)}; entropy of the domains {before:.3f} before, {after:.3f} after"
     return dict(why=why, cluster=cluster, domain=domain, notes=np.array([note]))
 
 
@@ -539,9 +513,6 @@ def balance(pile):
         pile.decide("balance", judge_clusters, b)
 
 
-# ---------------------------------------------------------------- write: shards, manifest, funnel
-
-
 def write(pile):
     """OUT/shards/*.tar, manifest.jsonl, evaluation.jsonl (the evaluation sets' rows) and the funnel."""
     kept, size = pile.left(), pile.cfg.write.images
@@ -549,18 +520,16 @@ def write(pile):
 
     def job(s):
         (marks / str(s)).unlink(missing_ok=True)  # from now on the shard is nobody's
-        with in_one_act(pile.out / "shards" / f"{s:05d}.tar") as f, tarfile.open(None, "w", f, format=USTAR) as tar:
-            for i, row in pile.some(kept[s * size : (s + 1) * size]):
-                add_sample(tar, f"{i:09d}", row)
+        with in_one_act(pile.out / "shards" / f"{s:05d}.tar") as f:
+            write_shard(f, pile.some(kept[s * size : (s + 1) * size]))
         replace(marks / str(s), trail)
 
     done = lambda s: (marks / str(s)).exists() and (marks / str(s)).read_text() == trail  # noqa: E731
     count = -(-len(kept) // size)
     each(job, [s for s in range(count) if not done(s)], pile.workers)
     if rank() == 0:
-        for old in (pile.out / "shards").glob("*.tar"):
-            if int(old.stem) >= count:  # of an earlier run of ours, that kept more
-                old.unlink()
+        for old in sorted((pile.out / "shards").glob("*.tar"))[count:]:  # of a run of ours that kept more
+            old.unlink()
         for name, first, last in ("manifest", 0, pile.owned), ("evaluation", pile.owned, len(pile.parts)):
             with in_one_act(pile.out / f"{name}.jsonl") as f:
                 for k in range(first, last):
@@ -572,19 +541,20 @@ def write(pile):
     tally(0)
 
 
-def add_sample(tar, key, row):
-    """key.jpg (the bytes as they were), key.cls and key.json: what data.py and webdataset call a sample."""
-    data = load_bytes(row)
-    if hashlib.sha256(data).hexdigest() != row["sha256"]:
-        raise UserError(f"{row_name(row)} has changed since ingest: run again with a new output folder")
-    about = {k: v for k, v in row.items() if k != "at"}
-    files = {row["format"].lower().replace("jpeg", "jpg"): data, "json": json.dumps(about).encode()}
-    if row["label"] is not None:
-        files["cls"] = str(row["label"]).encode()
-    for extension, data in files.items():
-        member = tarfile.TarInfo(f"{key}.{extension}")  # its time, owner and mode are constants
-        member.size = len(data)
-        tar.addfile(member, BytesIO(data))
+def write_shard(file, rows):
+    """Samples as data.py and webdataset know them: key.jpg (the bytes as they were), key.cls, key.json."""
+    with tarfile.open(None, "w", file, format=tarfile.USTAR_FORMAT) as tar:
+        for i, row in rows:
+            data, about = load_bytes(row), {k: v for k, v in row.items() if k != "at"}
+            if hashlib.sha256(data).hexdigest() != row["sha256"]:
+                raise UserError(f"{row.get('path') or row} has changed since ingest: take a new OUT")
+            files = {row["format"].lower().replace("jpeg", "jpg"): data, "json": json.dumps(about).encode()}
+            if row["label"] is not None:
+                files["cls"] = str(row["label"]).encode()
+            for extension, data in files.items():
+                member = tarfile.TarInfo(f"{i:09d}.{extension}")  # its time, owner and mode are constants
+                member.size = len(data)
+                tar.addfile(member, BytesIO(data))
 
 
 def manifest_line(pile, i, row):
@@ -604,8 +574,8 @@ STAGES = dict(ingest=ingest, quality=lambda pile: pile.decide("quality", judge_q
 
 
 def main():
-    kind = argparse.RawDescriptionHelpFormatter
-    add = (parser := argparse.ArgumentParser(description=__doc__, formatter_class=kind)).add_argument
+    form = argparse.RawDescriptionHelpFormatter
+    add = (parser := argparse.ArgumentParser(description=__doc__, formatter_class=form)).add_argument
     add("stage", choices=[*STAGES, "run"], help="up to where; run: all of it")
     add("source", help="folder:PATH, list:FILE.jsonl, or tar:PATH, a folder or {000..010}.tar")
     add("out", help="a folder, on a file system that all processes see")
@@ -615,8 +585,8 @@ def main():
     args = parser.parse_intermixed_args()
     init()
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    lock = take_lock(Path(args.out)) if rank() == 0 else None  # noqa: F841
     pile = Pile(args.source, args.out, load(args.config, args.settings), args.workers)
+    pile.lock = take_lock(pile.out) if rank() == 0 else None  # it holds as long as it exists
     for name, stage in STAGES.items():
         stage(pile)
         if name == args.stage:

@@ -20,6 +20,7 @@ from config import UserError
 from data import Images, normalize, open_source
 from distributed import all_reduce, rank, world_size
 from features import EvalImages, batches, open_weights
+from runfolder import in_one_act
 
 try:
     import faiss  # optional: approximate neighbours in large banks
@@ -28,6 +29,7 @@ except ImportError:
 
 BLOCK, BANK = 1024, 16_384  # rows that meet at a time
 ITERATIONS, SAMPLE = 20, 20_000  # of k-means; rows among which its first centroids are drawn
+PARTITION = 1000  # rows, on average, among which near-duplicates are sought
 FAISS_FROM = 1_000_000  # vectors from which faiss takes over, where it is installed
 
 
@@ -80,6 +82,15 @@ class Eye:
         if missing := [name for name in names if name not in self.number]:
             raise UserError(f"{self.f.embeddings} has no row for {missing[0]}: embed it too, or name weights")
         return [self.number[name] for name in names]
+
+
+def chain(whole, parts, width):
+    """Files of float16 rows (n, width), one after the other, as one file."""
+    shapes = [np.load(part, mmap_mode="r").shape for part in parts]
+    with in_one_act(whole) as f:
+        head = dict(descr="<f2", fortran_order=False, shape=(sum(n for n, _ in shapes), width))
+        np.lib.format.write_array_header_1_0(f, head)
+        f.writelines(np.load(part).tobytes() for part in parts)
 
 
 def unit(x):
@@ -151,7 +162,7 @@ def kmeans(x, k, seed=0, rounds=0):
 
 
 def plant(x, numbers, k, seed):
-    """k-means++ on a sample of some rows: draw a centroid with the probability of its distance from the others."""
+    """k-means++ on a sample of some rows: a centroid is drawn by its distance from those before it."""
     sample = x[numbers[:: max(len(numbers) // max(SAMPLE, 4 * k), 1)]]
     rng = np.random.default_rng(seed)
     rows, chosen = block(sample), [int(rng.integers(len(sample)))]
@@ -174,14 +185,14 @@ def means(x, index, use, old):
     return np.where(sums[:, -1:].numpy() > 0, unit(sums[:, :-1]), old)
 
 
-def families(x, side, within, across, partition):
+def families(x, side, within, across):
     """Near-duplicates: rows (n, D) hang together at a cosine above `within`, or above `across` if they differ
     in side (n,) bool -> the first row of each one's family (n,).
 
-    They are sought in k-means partitions of `partition` rows on average (SemDeDup, Abbas et al. 2023); each
+    They are sought in k-means partitions of PARTITION rows on average (SemDeDup, Abbas et al. 2023); each
     row looks into the two nearest ones, which finds most of the pairs that a border divides.
     """
-    near = nearest(x, kmeans(x, max(len(x) // partition, 1))[0], 2)[1]
+    near = nearest(x, kmeans(x, max(len(x) // PARTITION, 1))[0], 2)[1]
     order, pairs = np.argsort(near.ravel(), kind="stable") // near.shape[1], [np.empty((0, 2), np.int64)]
     groups = np.split(order, np.cumsum(np.bincount(near.ravel()))[:-1])
     for members in groups[rank() :: world_size()]:
@@ -196,7 +207,7 @@ def families(x, side, within, across, partition):
 
 
 def components(n, pairs):
-    """Union-find: pairs of numbers below n -> for each number, the smallest that it hangs together with (n,)."""
+    """Union-find: pairs of numbers below n -> (n,), for each the smallest that it hangs together with."""
     parent = list(range(n))
 
     def find(x):
@@ -214,7 +225,7 @@ def components(n, pairs):
 
 
 def fill(sizes, total):
-    """Water-filling: how much to take of groups of these sizes, min(size, water level) each, `total` in all."""
+    """Water-filling: how much to take of each group, min(size, water level), `total` in all."""
     quota, left = np.zeros(len(sizes), np.int64), min(int(total), int(np.sum(sizes)))
     for turn, i in enumerate(np.argsort(sizes, kind="stable")):  # what a small one leaves is for the others
         quota[i] = min(sizes[i], left // (len(sizes) - turn))

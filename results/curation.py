@@ -117,7 +117,7 @@ def kinds(seed, count, shares):
 
 
 def plant_one(job):
-    """One original and all that is planted of it -> files (those that are there, stay), and lines of truth."""
+    """One original and all that is planted of it -> files (if they are missing), lines of truth."""
     folder, name, origin, plans = job
     files = [folder / where / f"{hash64(name, where, kind) % 10**12:012d}.jpg" for where, kind in plans]
     if not all(file.exists() for file in files):
@@ -164,7 +164,7 @@ def plan(seed, count, photos):
 
 
 def plant(folder, seed, count, photos, workers):
-    """The pile, its evaluation set and the examples under `folder` (what is there, stays) -> lines of truth."""
+    """The pile, its evaluation set and the examples under `folder` -> lines of truth."""
     jobs = plan(seed, count, photos)
     domain = {name: kind for name, _, kind, _ in jobs}
     work = [(folder, name, origin, plans) for name, origin, _, plans in jobs]
@@ -207,7 +207,7 @@ def rejects(pile):
     dropped = [line for line, row in pile if row["why"] in QUALITY]
     table["all"] = {"planted": sum(line["kind"] in REJECTS for line, _ in pile),
                     "recall": share(row["why"] in QUALITY for line, row in pile if line["kind"] in REJECTS),
-                    "precision of the reason": share(line["kind"] in REJECTS for line in dropped)}  # fmt: skip
+                    "precision of the reason": share(x["kind"] in REJECTS for x in dropped)}  # fmt: skip
     return table
 
 
@@ -375,8 +375,8 @@ def drift(args):
         pairs = (row["phash"], curate.phash(grey)), (row["dhash"], curate.dhash(grey))
         rows.append([(int(a, 16) ^ b).bit_count() for a, b in pairs])
     p, d = np.array(rows).T
-    return {"drift of the draft, bits of 64": {"pHash mean": p.mean(), "pHash most": p.max(), "dHash mean": d.mean(),
-                                               "dHash most": d.max()}}  # fmt: skip
+    return {"drift of the draft, bits of 64": {"pHash mean": p.mean(), "pHash most": p.max(),
+                                               "dHash mean": d.mean(), "dHash most": d.max()}}  # fmt: skip
 
 
 def joining(args):
@@ -409,7 +409,7 @@ def vector_work(args):
     vectors.kmeans(x, args.centroids)
     table["k-means, s"] = time.perf_counter() - start
     start = time.perf_counter()
-    roots = vectors.families(x, np.zeros(n, bool), 0.95, 2.0, curate.PARTITION)
+    roots = vectors.families(x, np.zeros(n, bool), 0.95, 2.0)
     table["feature dedup, s"] = time.perf_counter() - start
     table["recall of its 1 %"] = float((roots[-n // 100 :] < n - n // 100).mean())
     table["threads"] = torch.get_num_threads()
@@ -430,7 +430,7 @@ def memory(args):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 grain = np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)
                 file.write_bytes(jpeg(Image.fromarray(grain).resize((64, 64), Image.BICUBIC), 60))
-        command = [sys.executable, "-c", tiny, "curate.py", "run", f"folder:{folder}/pile", str(folder / "out"),
+        command = [sys.executable, "-c", tiny, "curate.py", "run", f"folder:{folder}/pile", f"{folder}/out",
                    "quality.min_side=10", "quality.min_sharpness=0"]  # fmt: skip
         start = time.perf_counter()
         done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)

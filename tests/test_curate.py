@@ -249,7 +249,8 @@ def test_thresholds_may_be_percentiles(pile, tmp_path):
 
 
 @pytest.mark.parametrize("text,word", [("quality.min_sid=3", "min_side"), ("quality.min_side=x", "whole"),
-                                       ("quality.min_entropy=2%%", "percentile"), ("nothing", "setting")])  # fmt: skip
+                                       ("quality.min_entropy=2%%", "percentile"),
+                                       ("nothing", "setting")])  # fmt: skip
 def test_a_mistyped_setting_is_one_sentence(text, word):
     with pytest.raises(UserError, match=word):
         curate.load(None, [text])
@@ -379,17 +380,18 @@ def test_faiss_finds_nearly_the_same():
     assert np.mean([len(set(a) & set(b)) / 4 for a, b in zip(exact, found)]) > 0.9
 
 
-def test_near_duplicates_of_features_are_found_and_others_are_not():
+def test_near_duplicates_of_features_are_found_and_others_are_not(monkeypatch):
+    monkeypatch.setattr(vectors, "PARTITION", 100)
     rng = np.random.default_rng(4)
     x, _ = clouds(rng, [30] * 40, width=64, spread=1.0)
     twins = vectors.unit(torch.from_numpy(x[:100].astype(np.float64) + rng.normal(size=(100, 64)) * 0.01))
     both, side = np.concatenate([x, twins]), np.zeros(len(x) + 100, bool)
-    roots = vectors.families(both, side, 0.97, 2.0, 100)
+    roots = vectors.families(both, side, 0.97, 2.0)
     assert (roots[len(x) :] == np.arange(100)).mean() >= 0.98  # a border of partitions may cost one
     assert (roots[: len(x)] == np.arange(len(x))).all()
     side[len(x) :] = True  # of the evaluation set: a lower bar, for pairs across only
-    assert (vectors.families(both, side, 2.0, 0.97, 100)[len(x) :] == np.arange(100)).mean() >= 0.98
-    assert (vectors.families(both, np.ones(len(both), bool), 2.0, 0.97, 100) == np.arange(len(both))).all()
+    assert (vectors.families(both, side, 2.0, 0.97)[len(x) :] == np.arange(100)).mean() >= 0.98
+    assert (vectors.families(both, np.ones(len(both), bool), 2.0, 0.97) == np.arange(len(both))).all()
 
 
 def test_water_filling():
@@ -567,8 +569,9 @@ def test_workers_change_nothing(pile, weights, whole, tmp_path):
 
 
 def test_two_processes_are_one(pile, weights, whole, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "curate.py",
-               "run", f"folder:{pile[0]}/pile", str(tmp_path), *everything(pile[0], weights)]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "curate.py", "run", f"folder:{pile[0]}/pile", str(tmp_path)]
+    command += everything(pile[0], weights)
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **PIPES)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path) == whole and done.stdout.count("quality ") == 1
