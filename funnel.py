@@ -27,7 +27,7 @@ PAIRED = ("exact duplicate", "near duplicate", "feature duplicate", "leak")  # s
 SCORES = ("sharpness", "entropy", "dark", "bright", "aesthetics", "blocked")
 CUTS = dict(sharpness="min_sharpness", entropy="min_entropy", dark="min_dark", bright="max_bright")
 STYLE = """body{font:15px/1.5 system-ui;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
-td,th{padding:.15em .8em;text-align:right}td:first-child{text-align:left}.bar{background:#4a7ebb;height:1em}
+td,th{padding:.15em .8em;text-align:right}td:first-child,:is(td,th):last-child{text-align:left}.bar{background:#4a7ebb;height:1em}
 img{max-width:100%}figure{display:inline-block;margin:.5em 1em .5em 0}figcaption,small{color:#666}"""
 
 
@@ -87,15 +87,17 @@ def sheet(lines):
 def histogram(name, values, cut):
     """Values -> an inline SVG; the red line is the threshold."""
     low, high = np.percentile(values, [0.1, 99.9])
+    shown = "" if cut is None else f"; cut at {cut}"
+    if isinstance(cut, str):  # a percentile: as curate.limit
+        cut = np.percentile(values, float(cut[:-1]))
     counts, edges = np.histogram(np.clip(values, low, high), BINS, (low, high if high > low else low + 1))
     heights = 100 * counts / counts.max()
     bars = "".join(f'<rect x="{6 * i}" y="{100 - h:.1f}" width="5" height="{h:.1f}" fill="#4a7ebb"/>'
                    for i, h in enumerate(heights))  # fmt: skip
-    if isinstance(cut, (int, float)) and edges[0] <= cut <= edges[-1]:
+    if cut is not None and edges[0] <= cut <= edges[-1]:
         x = 6 * BINS * (cut - edges[0]) / (edges[-1] - edges[0])
         bars += f'<path d="M{x:.1f} 0v100" stroke="#c00" stroke-width="2"/>'
     drawn = f'<svg width="{6 * BINS}" height="100">{bars}</svg>'
-    shown = f"; cut at {cut}" if cut is not None else ""
     return f"<figure>{drawn}<figcaption>{name}: {low:.3g} to {high:.3g}{shown}</figcaption></figure>"
 
 
