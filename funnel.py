@@ -27,8 +27,9 @@ PAIRED = ("exact duplicate", "near duplicate", "feature duplicate", "leak")  # s
 SCORES = ("sharpness", "entropy", "dark", "bright", "aesthetics", "blocked")
 CUTS = dict(sharpness="min_sharpness", entropy="min_entropy", dark="min_dark", bright="max_bright")
 STYLE = """body{font:15px/1.5 system-ui;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
-td,th{padding:.15em .8em;text-align:right}td:first-child,:is(td,th):last-child{text-align:left}.bar{background:#4a7ebb;height:1em}
-img{max-width:100%}figure{display:inline-block;margin:.5em 1em .5em 0}figcaption,small{color:#666}"""
+td,th{padding:.15em .8em;text-align:right}td:first-child,:is(td,th):last-child{text-align:left}
+.bar{background:#4a7ebb;height:1em}img{max-width:100%}small,figcaption{color:#666}
+figure{display:inline-block;margin:.5em 1em .5em 0}"""
 
 
 def rows(out, name="manifest"):

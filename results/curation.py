@@ -388,7 +388,7 @@ def naive(data):
 
 
 def scoring(args):
-    files = [photo_like(i) for i in range(40)]
+    files = [photo_like(i) for i in range(args.files)]
     ways = {"one pass": lambda: [decode(x, "", curate.measure) for x in files],
             "naive": lambda: [naive(x) for x in files]}  # fmt: skip
     seconds = alternate(ways, 5)
@@ -400,7 +400,7 @@ def scoring(args):
 def drift(args):
     """Bits by which hashes of the drafted, reduced picture differ from those of the whole, grey picture."""
     rows = []
-    for i in range(100):
+    for i in range(args.files):
         data = photo_like(i)
         row, grey = decode(data, "", curate.measure), Image.open(io.BytesIO(data)).convert("L")
         pairs = (row["phash"], curate.phash(grey)), (row["dhash"], curate.dhash(grey))
@@ -500,6 +500,7 @@ def main():
     add = (two := commands.add_parser("speed")).add_argument
     two.set_defaults(command=speed)
     add("--parts", default="scoring,drift,join,vectors,memory")
+    add("--files", type=int, default=60, help="JPEGs that are scored")
     add("--hashes", type=int, default=1_000_000)
     add("--vectors", type=int, default=200_000)
     add("--centroids", type=int, default=1000)

@@ -680,3 +680,49 @@ def test_one_run_at_a_time(pile, tmp_path, monkeypatch):
         other.kill()
     curate.main()
     assert (tmp_path / "manifest.jsonl").exists()
+
+
+# ---------------------------------------------------------------- results/curation.py
+
+
+@pytest.fixture(scope="module")
+def curation():
+    sys.path.insert(0, str(ROOT / "results"))
+    import curation
+
+    return curation
+
+
+def test_planted_truth_in_small(curation, tmp_path, monkeypatch, capsys):
+    """The experiment of the README on 100 images: whatever may be found, is found; and the score can fall."""
+    command = [
+        "curation.py",
+        "truth",
+        str(tmp_path),
+        "--images",
+        "100",
+        "--json",
+        str(tmp_path / "result.json"),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    curation.main()
+    tables = json.loads((tmp_path / "result.json").read_text())["tables"]
+    assert tables["quality"]["all"]["recall"] == 1 and tables["leaks"]["all"]["precision"] == 1
+    copies = {name: row for name, row in tables["duplicates"].items() if "recall" in row}
+    assert len(copies) >= 4
+    assert all(row["recall"] == 1 for name, row in copies.items() if name.split(",")[0] in curation.COPIES)
+    planted = curation.plant(tmp_path / "1-100", 1, 100, {}, 1)
+    nothing = [dict(path=line["path"], why="kept", keep=True, sha256=line["path"]) for line in planted]
+    tables, _ = curation.score(planted, nothing, {})
+    assert tables["quality"]["all"]["recall"] == tables["leaks"]["exact"]["recall"] == 0
+
+
+def test_speed_in_small(curation, monkeypatch, capsys):
+    pytest.importorskip("imagehash")
+    small = ["--files", "4", "--hashes", "20000", "--vectors", "2000", "--centroids", "10"]
+    monkeypatch.setattr(
+        sys, "argv", ["curation.py", "speed", "--parts", "scoring,drift,join,vectors", *small]
+    )
+    curation.main()
+    said = capsys.readouterr().out
+    assert "ratio" in said and "found of the twins 1" in said and "recall of its 1 % 1" in said
