@@ -170,18 +170,16 @@ def each(job, todo, workers):
     """job(x) for this process's share of the list `todo`, in `workers` processes of its own."""
 
     def work(batch):
-        torch.set_num_threads(1)  # features must not depend on their number
         try:
             job(batch[0])
         except UserError as e:  # goes home as a text; anything else is a bug and comes with its traceback
             return str(e)
 
-    mine, threads = todo[rank() :: world_size()], torch.get_num_threads()
+    mine = todo[rank() :: world_size()]
     loader = DataLoader(mine, 1, collate_fn=work, num_workers=min(workers, len(mine))) if mine else ()
     for problem in tqdm(loader, disable=None if rank() == 0 else True, leave=False):
         if problem:
             raise UserError(problem)
-    torch.set_num_threads(threads)
     tally(0)  # wait for the others
 
 
@@ -313,7 +311,7 @@ def measure(image):
     libjpeg makes a JPEG's half, quarter or eighth straight from its coefficients ("draft"), brightness only.
     """
     width, height = image.size[:: -1 if image.getexif().get(0x0112, 1) > 4 else 1]  # EXIF: lies on its side
-    form = image.format
+    form = image.format.replace("MPO", "JPEG")  # a camera's JPEG of several pictures
     image.draft("L", (THUMB, THUMB))
     grey = image if image.mode == "L" and "transparency" not in image.info else to_rgb(image).convert("L")
     grey = ImageOps.exif_transpose(grey.reduce(max(min(grey.size) // THUMB, 1)))

@@ -49,10 +49,17 @@ class Eye:
     def __init__(self, f):
         self.f = f
         if f.embeddings:
-            self.mark, file = stamp(f.embeddings), np.load(f.embeddings, mmap_mode="r")
-            self.x = file["cls"] if f.embeddings.endswith(".npz") else file
-            names = file["paths"].tolist() if f.embeddings.endswith(".npz") else ()
-            self.number, self.width = {os.path.abspath(p): i for i, p in enumerate(names)}, self.x.shape[1]
+            try:
+                file = np.load(f.embeddings, mmap_mode="r")
+                self.x, names = (
+                    (file["cls"], file["paths"]) if isinstance(file, np.lib.npyio.NpzFile) else (file, [])
+                )
+                self.width = self.x.shape[1]
+            except (OSError, ValueError, KeyError, IndexError) as e:
+                raise UserError(
+                    f"{f.embeddings} must hold rows: .npy, or .npz of cls and paths ({e})"
+                ) from None
+            self.mark, self.number = stamp(f.embeddings), {place(name): i for i, name in enumerate(names)}
         else:
             self.backbone, cfg = open_weights(f.weights)
             self.size = f.size or cfg.evaluation.image_size or cfg.crops.global_crops_size
@@ -63,25 +70,35 @@ class Eye:
     def __call__(self, images, numbers=None):
         """Images, their numbers in the pile -> float16 (n, D); zeros for what cannot be seen."""
         if self.f.embeddings:
-            return unit(torch.from_numpy(np.asarray(self.x[self.find(images, numbers)], np.float32)))
-        out, sight = (
-            np.zeros((len(images), self.width), np.float16),
-            EvalImages(images, self.size, self.resize),
-        )
-        sight.keep, device = False, next(self.backbone.parameters()).device
+            x = np.asarray(self.x[self.find(images, numbers)], np.float32)
+            if not np.isfinite(x).all():
+                raise UserError(f"{self.f.embeddings} holds numbers that are not finite: make it anew")
+            return unit(torch.from_numpy(x))
+        out = np.zeros((len(images), self.width), np.float16)
+        sight, device = EvalImages(images, self.size, self.resize), next(self.backbone.parameters()).device
+        sight.keep, threads = False, torch.get_num_threads()  # each is looked at once
+        torch.set_num_threads(1)  # more would round otherwise; several processes are as fast
         with torch.no_grad():
             for x, _, where in batches(sight, self.f.batch):
                 out[where] = unit(self.backbone(normalize(x.to(device))).cls.float())
+        torch.set_num_threads(threads)
         return out
 
     def find(self, images, numbers):
         """Rows of the embeddings: by name in an .npz, by number in the pile in an .npy."""
         if not self.number and numbers is not None and max(numbers) < len(self.x):
             return numbers
-        names = [os.path.abspath(images.name(i)) for i in range(len(images))]
+        names = [place(images.name(i)) for i in range(len(images))]
         if missing := [name for name in names if name not in self.number]:
             raise UserError(f"{self.f.embeddings} has no row for {missing[0]}: embed it too, or name weights")
         return [self.number[name] for name in names]
+
+
+def place(name):
+    """One name for one image, however it is written: an absolute path, in a shard without its extension."""
+    file, inside, member = str(name).partition("::")
+    folder, base = os.path.split(member)
+    return os.path.abspath(file) + inside + os.path.join(folder, base.split(".")[0])
 
 
 def chain(whole, parts, width):
@@ -266,7 +283,7 @@ def fit(x, y, logistic):
         p = sigmoid(z @ w) if logistic else z @ w
         curvature = p * (1 - p) if logistic else np.ones(len(z))
         w += np.linalg.solve((z.T * curvature) @ z + penalty, z.T @ (y - p) - penalty @ w)
-    return w[:-1] / std, w[-1] - (w[:-1] * mean / std).sum()
+    return np.float32(w[:-1] / std), np.float32(w[-1] - (w[:-1] * mean / std).sum())
 
 
 def sigmoid(x):

@@ -529,9 +529,22 @@ def test_embeddings_made_elsewhere(colours, tmp_path):
     for file in ("x.npy", "x.npz"):
         done = run(f"folder:{colours}/pile", tmp_path / file[-3:], [f"features.embeddings={tmp_path}/{file}"])
         assert np.allclose(done.x, x, atol=1e-3)
-    np.savez(tmp_path / "x.npz", cls=x[1:], paths=np.array(names)[1:])
-    with pytest.raises(UserError, match="no row for"):
-        run(f"folder:{colours}/pile", tmp_path / "z", [f"features.embeddings={tmp_path}/x.npz"])
+    broken = x.copy()
+    broken[3] = np.nan
+    for word, rows in ("no row for", x[1:]), ("not finite", broken), ("must hold rows", x[0, 0]):
+        np.savez(tmp_path / "x.npz", cls=rows, paths=np.array(names)[-len(np.atleast_1d(rows)) :])
+        with pytest.raises(UserError, match=word):
+            run(f"folder:{colours}/pile", tmp_path / "z", [f"features.embeddings={tmp_path}/x.npz"])
+
+
+def test_embeddings_of_a_shard_are_found_by_its_members(colours, tmp_path):
+    run(f"folder:{colours}/pile", tmp_path / "a", [])
+    shards = f"tar:{tmp_path}/a/shards/00000.tar"
+    images = open_source(shards)
+    x, names = Known()(images), [images.name(i) for i in range(len(images))]
+    np.savez(tmp_path / "x.npz", cls=x[::-1], paths=np.array(names)[::-1])
+    done = run(shards, tmp_path / "b", [f"features.embeddings={tmp_path}/x.npz"])
+    assert names[0].endswith(".png") and np.allclose(done.x, x, atol=1e-3)
 
 
 # ---------------------------------------------------------------- restarts, processes
