@@ -14,8 +14,9 @@ so. Downloading is img2dataset's job (`img2dataset --url_list urls.parquet --inp
 
 What is unusual here: any number of processes, killed any number of times, write the same bytes. Work is cut
 into pieces (a shard, or 1,000 files). What comes of a piece, and the verdict of a stage, is a file that is
-there as a whole or not at all, named by a hash of all it depends on. Memory: one piece, and some 300 bytes
-for each image of the pile. What is done with features (neighbours, k-means, heads) stands in vectors.py.
+there as a whole or not at all, named by a hash of all it depends on. Memory: one piece, some 300 bytes for
+each image of the pile and, where features are balanced, two bytes for each of their numbers. What is done
+with features (neighbours, k-means, heads) stands in vectors.py.
 """
 
 import argparse
@@ -163,7 +164,7 @@ def entries(piece):
 def version(piece):
     """A text that changes when a file of the piece does."""
     names = [piece] if isinstance(piece, str) else [piece[0].name(i) for i in range(*piece[1:])]
-    return vectors.digest(names, vectors.stamp(*dict.fromkeys(x.partition("::")[0] for x in names)))
+    return vectors.digest(VERSION, names, vectors.stamp(*dict.fromkeys(x.partition("::")[0] for x in names)))
 
 
 def each(job, todo, workers):
@@ -192,7 +193,7 @@ class Pile:
 
     def __init__(self, source, out, cfg, workers=0):
         self.cfg, self.out, self.workers, self.eye = cfg, Path(out), workers, None
-        self.work, self.trail, self.notes, self.stages = self.out / "work", vectors.digest(VERSION), [], []
+        self.work, self.trail, self.notes, self.stages = self.out / "work", "", [], []
         uris = source, *filter(None, cfg.dedup.evaluation.split(";"))
         sources = [pieces(uri.strip(), cfg.ingest.piece) for uri in uris]
         self.pieces, self.owned = sum(sources, []), len(sources[0])
