@@ -408,7 +408,7 @@ def judge_hashes(pile):
     both = np.stack([pile.phash, pile.dhash], 1)[rows]
     hashes, alike, kind = np.unique(both, axis=0, return_index=True, return_inverse=True)
     first_of = same[sha], alike[kind.ravel()]  # copies are many: the join compares distinct hashes only
-    pairs = [np.stack([np.arange(len(rows)), first], 1) for first in first_of]
+    pairs = [np.stack([x := np.flatnonzero(first != np.arange(len(rows))), first[x]], 1) for first in first_of]
     for one, other in ((0, 1), (1, 0)):
         for pair in join(hashes[:, one].copy(), d.radius):
             apart = np.bitwise_count(hashes[pair[:, 0], other] ^ hashes[pair[:, 1], other])
