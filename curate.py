@@ -14,8 +14,8 @@ so. Downloading is img2dataset's job (`img2dataset --url_list urls.parquet --inp
 
 What is unusual here: any number of processes, killed any number of times, write the same bytes. Work is cut
 into pieces (a shard, or 1,000 files). What comes of a piece, and the verdict of a stage, is a file that is
-there as a whole or not at all, named by a hash of all it depends on. Memory: one piece, some 300 bytes for
-each image of the pile and, where features are balanced, two bytes for each of their numbers. What is done
+there as a whole or not at all, named by a hash of all it depends on. Memory: one piece, under 800 bytes
+for each image of the pile and, where features are balanced, two bytes for each of their numbers. What is done
 with features (neighbours, k-means, heads) stands in vectors.py.
 """
 
@@ -408,7 +408,8 @@ def judge_hashes(pile):
     both = np.stack([pile.phash, pile.dhash], 1)[rows]
     hashes, alike, kind = np.unique(both, axis=0, return_index=True, return_inverse=True)
     first_of = same[sha], alike[kind.ravel()]  # copies are many: the join compares distinct hashes only
-    pairs = [np.stack([x := np.flatnonzero(first != np.arange(len(rows))), first[x]], 1) for first in first_of]
+    copies = [np.flatnonzero(first != np.arange(len(rows))) for first in first_of]
+    pairs = [np.stack([some, first[some]], 1) for some, first in zip(copies, first_of)]
     for one, other in ((0, 1), (1, 0)):
         for pair in join(hashes[:, one].copy(), d.radius):
             apart = np.bitwise_count(hashes[pair[:, 0], other] ^ hashes[pair[:, 1], other])

@@ -220,7 +220,8 @@ def families(x, side, within, across):
             pairs.append(np.stack([part[a], members[b]], 1))
     found = torch.zeros(world_size(), len(x), dtype=torch.int64)
     found[rank()] = torch.from_numpy(components(len(x), np.concatenate(pairs).tolist()))
-    return components(len(x), [link for roots in all_reduce(found).tolist() for link in enumerate(roots)])
+    links = [x for roots in all_reduce(found).tolist() for x in enumerate(roots) if x[0] != x[1]]
+    return components(len(x), links)
 
 
 def components(n, pairs):
