@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -644,20 +645,26 @@ def test_killed_at_ten_points(pile, weights, whole, tmp_path, seed):
 
 @pytest.mark.slow
 def test_killed_at_ten_moments(pile, weights, whole, tmp_path):
-    """The real command with its workers, killed by the clock."""
-    command = [sys.executable, "curate.py", "run", f"folder:{pile[0]}/pile", str(tmp_path), "--workers", "2",
-               *everything(pile[0], weights)]  # fmt: skip
-    kills = 0
-    for seconds in np.random.default_rng(0).uniform(2, 12, 10):
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    """The real command with its workers, killed by the clock, ten times from the start."""
+
+    def command(out):
+        words = [sys.executable, "curate.py", "run", f"folder:{pile[0]}/pile", str(tmp_path / out)]
+        return [*words, "--workers", "2", *everything(pile[0], weights)]
+
+    start = time.perf_counter()
+    subprocess.run(command("whole"), cwd=ROOT, check=True)
+    length, kills = time.perf_counter() - start, 0
+    for i, share in enumerate(np.random.default_rng(0).uniform(0.4, 1, 10)):
+        process = subprocess.Popen(command(str(i)), cwd=ROOT, start_new_session=True)
         try:
-            process.wait(seconds)
+            process.wait(share * length)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
             process.wait()
-    subprocess.run(command, cwd=ROOT, check=True)
-    assert result(tmp_path) == whole and kills >= 5
+            kills += not (tmp_path / str(i) / "funnel.html").exists()
+        subprocess.run(command(str(i)), cwd=ROOT, check=True)
+        assert result(tmp_path / str(i)) == whole
+    assert kills >= 5
 
 
 def test_what_is_done_is_not_done_again(pile, tmp_path, monkeypatch):
