@@ -645,26 +645,21 @@ def test_killed_at_ten_points(pile, weights, whole, tmp_path, seed):
 
 @pytest.mark.slow
 def test_killed_at_ten_moments(pile, weights, whole, tmp_path):
-    """The real command with its workers, killed by the clock, ten times from the start."""
-
-    def command(out):
-        words = [sys.executable, "curate.py", "run", f"folder:{pile[0]}/pile", str(tmp_path / out)]
-        return [*words, "--workers", "2", *everything(pile[0], weights)]
-
-    start = time.perf_counter()
-    subprocess.run(command("whole"), cwd=ROOT, check=True)
-    length, kills = time.perf_counter() - start, 0
-    for i, share in enumerate(np.random.default_rng(0).uniform(0.4, 1, 10)):
-        process = subprocess.Popen(command(str(i)), cwd=ROOT, start_new_session=True)
-        try:
-            process.wait(share * length)
-        except subprocess.TimeoutExpired:
+    """The real command with its workers, all killed when some number of files is there; then run again."""
+    rng, kills = np.random.default_rng(0), 0
+    for i, count in enumerate(rng.permutation(np.arange(1, 20, 2))):
+        out = tmp_path / str(i)
+        command = [sys.executable, "curate.py", "run", f"folder:{pile[0]}/pile", str(out), "--workers", "2"]
+        command += everything(pile[0], weights)
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        while process.poll() is None and sum(p.is_file() for p in out.rglob("*")) <= count:
+            time.sleep(rng.uniform(0, 0.01))
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += not (tmp_path / str(i) / "funnel.html").exists()
-        subprocess.run(command(str(i)), cwd=ROOT, check=True)
-        assert result(tmp_path / str(i)) == whole
-    assert kills >= 5
+            kills += process.wait() == -signal.SIGKILL
+        subprocess.run(command, cwd=ROOT, check=True)
+        assert result(out) == whole
+    assert kills >= 8
 
 
 def test_what_is_done_is_not_done_again(pile, tmp_path, monkeypatch):
