@@ -14,6 +14,15 @@ torch.set_num_threads(2)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
+@pytest.fixture
+def one_thread():
+    """Small products on two threads of a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def nursery(tmp_path_factory):
     from nursery import Nursery

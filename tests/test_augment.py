@@ -9,14 +9,7 @@ from yardstick import PILLOW_AFTER, PILLOW_JITTER, photo, pillow_crop
 import config
 from data import OPERATIONS, STD, batched, cut, draw, one_by_one, photometric, to_tensor
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def bytes_of(image):

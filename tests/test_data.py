@@ -25,13 +25,7 @@ from data import BadImage, Crops, decode, make_loader, open_source, permute, to_
 RED = (200, 30, 60)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def encoded(image, kind="PNG", **options):

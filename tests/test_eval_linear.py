@@ -35,14 +35,7 @@ from features import EvalImages
 from model import SIZES, VisionTransformer
 from scenes import Scenes
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products on two threads of a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(depth=5, seed=0):

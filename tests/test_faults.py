@@ -69,13 +69,7 @@ SHORT = ("optim.epochs=0.5", "optim.freeze_last_layer_epochs=0", "crops.local_cr
          "train.checkpoint_every=2", "train.keep_last=5")  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path, capsys):
