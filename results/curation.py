@@ -29,11 +29,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import curate  # noqa: E402
 import vectors
 from data import decode, hash64, open_source
+from runfolder import environment
 from scenes import CLASSES, render
 
 SHARES = np.array([30, 20, 10, 10, 8, 6, 4, 4, 4, 4]) / 100  # of the ten kinds in the pile: uneven on purpose
 BLOCKED = 8  # the kind that must not stay: dots
 SIZES = (256, 288, 320)
+PASS = "a pass of it, s of one core"
 
 
 def jpeg(image, quality=90, **options):
@@ -344,9 +346,8 @@ def truth(args):
             tables["by features, hashes having found nothing"] = curve(out, rows)
         show(tables)
         if args.json:
-            Path(args.json).write_text(
-                json.dumps(dict(arguments=vars(args), tables=tables), indent=1, default=str)
-            )
+            about = dict(seed=args.seed, images=len(rows), settings=args.settings)
+            keep(args.json, dict(tables, about=about))
 
 
 # ---------------------------------------------------------------- speed
@@ -414,18 +415,18 @@ def joining(args):
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, args.hashes, dtype=np.uint64)
     twins = args.hashes // 10
-    flips = np.uint64(1) << rng.integers(0, 64, (4, twins), dtype=np.uint64)
+    flips = np.uint64(1) << rng.integers(0, 64, (6, twins), dtype=np.uint64)
     hashes[-twins:] = hashes[:twins] ^ np.bitwise_xor.reduce(flips)
     few = hashes[: min(args.hashes, 16_384)]  # brute force on a part: its time grows with the square
 
     def brute():  # blocks that stay in a core's cache
-        return [(np.bitwise_count(few[i : i + 64, None] ^ few[j : j + 2048]) <= 4).sum()
+        return [(np.bitwise_count(few[i : i + 64, None] ^ few[j : j + 2048]) <= 6).sum()
                 for i in range(0, len(few), 64) for j in range(0, len(few), 2048)]  # fmt: skip
 
-    seconds = alternate({"banded": lambda: [len(x) for x in curate.join(hashes, 4)], "brute": brute}, 2)
-    found = len({(min(p), max(p)) for pairs in curate.join(hashes, 4) for p in pairs.tolist()})
+    seconds = alternate({"banded": lambda: [len(x) for x in curate.join(hashes, 6)], "brute": brute}, 2)
+    found = len({(min(p), max(p)) for pairs in curate.join(hashes, 6) for p in pairs.tolist()})
     whole = seconds["brute"] * (len(hashes) / len(few)) ** 2 / 2  # each pair once
-    return {f"join of {args.hashes:,d} hashes, radius 4": {"banded, s": seconds["banded"],
+    return {f"join of {args.hashes:,d} hashes, radius 6": {"banded, s": seconds["banded"],
             "brute force, s (extrapolated)": whole, "ratio": whole / seconds["banded"],
             "found of the twins": found / twins}}  # fmt: skip
 
@@ -439,6 +440,9 @@ def vector_work(args):
     start = time.process_time()
     vectors.kmeans(x, args.centroids)
     table["k-means, s of one core"] = time.process_time() - start
+    start = time.process_time()
+    vectors.nearest(x, x[: args.centroids])
+    table[PASS] = time.process_time() - start
     start = time.process_time()
     roots = vectors.families(x, np.zeros(n, bool), 0.95, 2.0)
     table["feature dedup, s of one core"] = time.process_time() - start
@@ -470,6 +474,16 @@ def memory(args):
     return {"memory of a run": table}
 
 
+def hours(args, tables, images=500_000_000, centroids=50_000):
+    """What a crawl would take at these rates, in hours of one core: scoring grows with the images, a pass of
+    k-means with images times centroids."""
+    rate = tables["scoring, 500 x 375"]["one pass, images/s"]
+    one_pass = next(x for x in tables.values() if PASS in x)[PASS]
+    larger = images / args.vectors * centroids / args.centroids
+    return {f"{images:,d} images, hours of one core": {"scoring": images / rate / 3600,
+            f"a pass of k-means, {centroids:,d} centroids": one_pass * larger / 3600}}  # fmt: skip
+
+
 def speed(args):
     tables = {}
     for part in args.parts.split(","):
@@ -478,8 +492,17 @@ def speed(args):
         )
         show({part: table})
         tables |= table
+    if {"scoring", "vectors"} <= set(args.parts.split(",")):
+        show(table := hours(args, tables))
+        tables |= table
     if args.json:
-        Path(args.json).write_text(json.dumps(tables, indent=1, default=float))
+        keep(args.json, tables)
+
+
+def keep(file, tables):
+    """Numbers, with hardware and versions, as a file of results/."""
+    here = {k: v for k, v in environment().items() if k not in ("git_diff", "command")}
+    Path(file).write_text(json.dumps(dict(tables, environment=here), indent=1, default=float) + "\n")
 
 
 def main():

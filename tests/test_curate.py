@@ -306,7 +306,7 @@ def test_the_join_finds_what_brute_force_finds(radius):
     hashes = [c ^ np.bitwise_or.reduce(np.uint64(1) << rng.choice(64, n, replace=False).astype(np.uint64))
               for c in centres for n in rng.integers(1, 7, 12)]  # fmt: skip
     # The worst case: the differing bits are spread over the bands as evenly as can be.
-    spread = [sum(1 << (64 * k // (radius + 1)) for k in range(n)) for n in range(1, radius + 2)]
+    spread = [sum(1 << (64 * k // (radius + 2)) for k in range(n)) for n in range(1, radius + 2)]
     hashes = np.array([*hashes, *centres, *(centres[0] ^ np.uint64(s) for s in spread)], np.uint64)
     found = {tuple(sorted(pair)) for pairs in curate.join(hashes, radius) for pair in pairs.tolist()}
     distance = np.bitwise_count(hashes[:, None] ^ hashes)
