@@ -15,8 +15,7 @@ so. Downloading is img2dataset's job (`img2dataset --url_list urls.parquet --inp
 What is unusual here: any number of processes, killed any number of times, write the same bytes. Work is cut
 into pieces (a shard, or 1,000 files). What comes of a piece, and the verdict of a stage, is a file that is
 there as a whole or not at all, named by a hash of all it depends on. Memory: one piece, under 800 bytes
-for each image of the pile and, where features are balanced, two bytes for each of their numbers. What is done
-with features (neighbours, k-means, heads) stands in vectors.py.
+for each image and, where features are balanced, two for each number of theirs (vectors.py).
 """
 
 import argparse
@@ -370,15 +369,14 @@ def judge_quality(pile):
 def join(hashes, radius):
     """uint64 (n,) -> arrays (m, 2): all pairs of numbers whose hashes differ in at most `radius` bits.
 
-    Exact: of radius + 2 bands, `radius` bits leave two untouched. So sort by every two bands, and slide the
-    sorted list along itself for as long as they agree: 16 bits spare all but one in 65,536 comparisons.
-    """
+    Exact, for of radius + 2 bands at least two are untouched: sort by every two, and slide the sorted list
+    along itself for as long as they agree. 16 bits spare all but one in 65,536 comparisons."""
     edges = [64 * k // (radius + 2) for k in range(radius + 3)]
     bands = [np.uint64(2**high - 2**low) for low, high in pairwise(edges)]
     for one, other in combinations(bands, 2):
-        key = hashes & (one | other)
-        order = np.argsort(key, kind="stable")
-        key, ranked, i, lag = key[order], hashes[order], np.arange(len(hashes)), 1
+        order = np.argsort(hashes & (one | other), kind="stable")
+        ranked, i, lag = hashes[order], np.arange(len(hashes)), 1
+        key = ranked & (one | other)
         while len(i := i[: np.searchsorted(i, len(key) - lag)]):
             i = i[key[i] == key[i + lag]]
             near = i[np.bitwise_count(ranked[i] ^ ranked[i + lag]) <= radius]
