@@ -15,6 +15,7 @@ import argparse
 import io
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import time
@@ -347,7 +348,7 @@ def truth(args):
         show(tables)
         if args.json:
             about = dict(seed=args.seed, images=len(rows), settings=args.settings)
-            keep(args.json, dict(tables, about=about))
+            keep(args.json, dict(about=about, tables=tables))
 
 
 # ---------------------------------------------------------------- speed
@@ -452,7 +453,8 @@ def vector_work(args):
 
 
 def memory(args):
-    """Peak memory of `curate.py run` on piles of small images, with the same size of a piece."""
+    """Peak memory of `curate.py run` on piles of small images, with the same size of a piece. First of all
+    parts: Linux counts what the parent had before a child begins."""
     table, root = {}, Path(__file__).parent.parent
     tiny = "import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.')\n"
     tiny += "try: runpy.run_path('curate.py', run_name='__main__')\n"
@@ -465,6 +467,7 @@ def memory(args):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 grain = np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)
                 file.write_bytes(jpeg(Image.fromarray(grain).resize((64, 64), Image.BICUBIC), 60))
+        shutil.rmtree(folder / "out", ignore_errors=True)
         command = [sys.executable, "-c", tiny, "curate.py", "run", f"folder:{folder}/pile", f"{folder}/out",
                    "quality.min_side=10", "quality.min_sharpness=0"]  # fmt: skip
         start = time.perf_counter()
@@ -493,8 +496,8 @@ def speed(args):
         show({part: table})
         tables |= table
     if {"scoring", "vectors"} <= set(args.parts.split(",")):
-        show(table := hours(args, tables))
-        tables |= table
+        tables |= (table := hours(args, tables))
+        show({"hours": table})
     if args.json:
         keep(args.json, tables)
 
@@ -522,7 +525,7 @@ def main():
     add("--json", default="")
     add = (two := commands.add_parser("speed")).add_argument
     two.set_defaults(command=speed)
-    add("--parts", default="scoring,drift,join,vectors,memory")
+    add("--parts", default="memory,scoring,drift,join,vectors")
     add("--files", type=int, default=60, help="JPEGs that are scored")
     add("--hashes", type=int, default=1_000_000)
     add("--vectors", type=int, default=200_000)

@@ -81,3 +81,23 @@ def test_the_first_table_is_the_measured_one():
     assert f"| {' | '.join(cells)} |" in README
     assert f"| {spread('fg_miou')} | {spread('fg_miou_random_init')} |" in README
     assert f"| {s['train_seconds']['min']:.0f} s |" in README
+
+
+def test_curation_is_quoted_as_measured():
+    truth, speed = (
+        json.loads((ROOT / "results" / f"curation_{x}.json").read_text()) for x in ("truth", "speed")
+    )
+    quality, content, kinds = (truth["tables"][x] for x in ("quality", "content", "domains"))
+    for name, digits in ("blurred", 3), ("all", 4):
+        planted, recall, precision = quality[name].values()
+        assert f"| {planted:,d} | {recall:.{digits}f} | {precision:.3f} |" in LOG
+    dots, even = content["dots"], kinds["kinds of scenes"]
+    assert f"| {dots['reached']} | {dots['recall']:.3f} | {dots['precision']:.3f} |" in LOG
+    assert f"{even['before']:.3f} before balance, {even['after']:.3f} of the maximum" in LOG
+    rate, memory = speed["scoring, 500 x 375"], list(speed["memory of a run"].values())
+    assert f"| {rate['one pass, images/s']:.0f} images/s |" in LOG
+    assert f"one by one: {rate['naive, images/s']:.0f} images/s |" in LOG
+    assert f"| {memory[0]:.0f} and {memory[2]:.0f} MB |" in LOG
+    scoring, one_pass = speed["500,000,000 images, hours of one core"].values()
+    assert f"scoring {scoring:.0f} hours, on 128 cores {scoring / 128:.1f}" in README
+    assert f"{one_pass:.0f} hours for each pass" in README
