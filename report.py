@@ -340,6 +340,8 @@ def main():
     add("--out", type=Path, help="the page (default: report.html in the first run's folder)")
     add("--images", type=int, default=4, help="how many evaluation images are drawn; 0: no pictures")
     args = parser.parse_args()
+    if args.images < 0:
+        raise UserError(f"--images {args.images}: how many, or 0 for none")
     if len(args.runs) > MOST:
         raise UserError(f"{len(args.runs)} runs cannot be told apart in one plot: name {MOST} at most")
     names = [path.resolve().name for path in args.runs]
@@ -350,7 +352,7 @@ def main():
         replace(out, text)
     except OSError as e:
         raise UserError(f"{out} cannot be written ({e}): name another --out") from None
-    print(f"wrote {out}: {text.count('<svg')} plots, {len(text.encode()) / 2**20:.1f} MB")
+    print(f"wrote {out}: {text.count('<svg')} plots, {len(text.encode()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

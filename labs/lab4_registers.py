@@ -1,6 +1,6 @@
 """Lab 4: what registers are for, and why a small model cannot show it.
 
-    python labs/lab4_registers.py               # two holes: outlier_limit, who_looks
+    python labs/lab4_registers.py               # two holes: outliers, who_looks
     python labs/lab4_registers.py --solution    # ours
     python labs/lab4_registers.py --weights dinov2_vitl14,dinov2_vitl14_reg4 --photos photos/
 

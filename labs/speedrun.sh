@@ -10,6 +10,8 @@
 # copied to results/race/NAME (RACE=NAME, or the date), and the row for the table is printed. Ends with 1 if a
 # seed lies below the target, takes too long, or does not keep the rules.
 set -euo pipefail
+there=${2:-}
+if [ -d "$there" ]; then there=$(cd "$there" && pwd); fi # as seen from where you are
 cd "$(dirname "$0")/.."
 
 # check FOLDER: every seed in it against the rules of its race -> the row, or what is wrong
@@ -62,25 +64,28 @@ except (OSError, ValueError, KeyError, TypeError) as e:
 commit = about[0]["git_commit"][:9] + ("+" if about[0]["git_diff"] else "")
 spread = f"{sum(scores) / len(scores):.3f} ({min(scores):.3f}-{max(scores):.3f})"
 machine = about[0]["cpu"] if races[0] == "laptop" else about[0]["gpus"][0]
+broken = sum(broken, [])
+if [run.name for run in runs] != [f"{races[0]}-seed-{seed}" for seed in range(3)]:
+    broken.append("three runs are wanted, of seeds 0, 1 and 2")
+if broken:
+    sys.exit(f"error: k-NN {spread}, but no row for the table: " + "; ".join(broken))
 print(f"| {commit} | {len(runs)} | {spread} | {max(seconds):.0f} | {machine} | {out} | what you changed |")
-if any(broken):
-    sys.exit("error: no row for the table: " + "; ".join(sum(broken, [])))
 PYTHON
 }
 
 need() { [ -n "$1" ] || { echo "error: $2" >&2; exit 1; }; }
 
 if [ "${1:-}" = check ]; then
-    need "${2:-}" "which log? labs/speedrun.sh check results/race/NAME"
-    check "$2"
+    need "$there" "which log? labs/speedrun.sh check results/race/NAME"
+    check "$there"
     exit
 fi
 race=laptop model=laptop fixed=(evaluation.train_path=scenes:3000:seed=11
     evaluation.test_path=scenes:1000:seed=12 speed.device=cpu speed.threads=2)
 if [ "${1:-}" = gpu ]; then
-    need "${2:-}" "where is CIFAR-10? labs/speedrun.sh gpu DATA, with DATA/train and DATA/test"
-    race=gpu model=cifar10 fixed=("train.dataset_path=folder:$2/train" "evaluation.train_path=folder:$2/train"
-        "evaluation.test_path=folder:$2/test" speed.device=cuda)
+    need "$there" "where is CIFAR-10? labs/speedrun.sh gpu DATA, with DATA/train and DATA/test"
+    race=gpu model=cifar10 fixed=("train.dataset_path=folder:$there/train" "evaluation.train_path=folder:$there/train"
+        "evaluation.test_path=folder:$there/test" speed.device=cuda)
     shift 2
 fi
 name=${RACE:-$(date +%Y-%m-%d-%H%M%S)}

@@ -2,12 +2,14 @@
 
     python results/curation.py truth WORK --seed 1 --photos folder:/photos --weights runs/laptop
     python results/curation.py truth WORK --seed 0 --images 4000 --sweep dedup.radius=2,4,6
+    python results/curation.py near
     python results/curation.py speed --hashes 1000000 --vectors 200000 --pile 10000,100000
 
 `truth` renders a pile of scenes (and photos, if a folder is given) with planted copies, rejects, leaks of an
 evaluation set, blocked content and over-represented domains, curates it, and compares the manifest with what
 was planted. Thresholds are chosen on one seed (--sweep) and scored on another. Scenes, photos and frames of
 videos are told apart: frames have natural duplicates, which count as false merges here.
+`near` shows how far the hashes of copies, and of strangers, lie apart.
 `speed` measures side by side, A B A B, on one core.
 """
 
@@ -502,10 +504,39 @@ def speed(args):
         keep(args.json, tables)
 
 
+def near(args):
+    """How far copies lie from their originals, and strangers from each other: what dedup.radius is chosen by.
+
+    Each scene (of a world that no pile has) is copied as re-encoded, three times resized, and brighter.
+    """
+    hashes, apart = [], defaultdict(list)
+    for i in range(args.images):
+        rng = np.random.default_rng([77, i])
+        image = Image.fromarray(render(5000, i, int(rng.choice(SIZES)))[0])
+        data = jpeg(image, 92)
+        for kind in ("original", "re-encoded", "resized", "resized", "resized", "brighter"):
+            row = decode(MAKE[kind](image, data, rng), "", curate.measure)
+            own = np.array([int(row[k], 16) for k in ("phash", "dhash")], np.uint64)
+            if kind == "original":
+                hashes.append(own)
+            else:
+                apart[kind].append(np.bitwise_count(own ^ hashes[-1]))
+    every = np.stack(hashes)
+    strangers = np.stack([np.bitwise_count(h[:, None] ^ h)[np.triu_indices(len(h), 1)] for h in every.T], 1)
+    table, other = {}, curate.load().dedup.other_radius
+    for radius in range(0, 9, 2):
+        same = lambda bits: (bits.min(1) <= radius) & (bits.max(1) <= other)  # noqa: B023, E731
+        cells = {f"{kind}, of {len(x)} missed": (~same(np.stack(x))).sum() for kind, x in apart.items()}
+        table[f"radius {radius}"] = cells | {"false pairs": same(strangers).sum()}
+    show({"near": table})
+
+
 def keep(file, tables):
-    """Numbers, with hardware and versions, as a file of results/."""
+    """Numbers, with hardware and versions, as a file of results/. What is not a number becomes null."""
     here = {k: v for k, v in environment().items() if k not in ("git_diff", "command")}
-    Path(file).write_text(json.dumps(dict(tables, environment=here), indent=1, default=float) + "\n")
+    text = json.dumps(dict(tables, environment=here), default=float)
+    plain = json.loads(text, parse_constant=lambda name: None)  # JSON knows no NaN
+    Path(file).write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
 
 
 def main():
@@ -533,8 +564,13 @@ def main():
     add("--pile", default="10000,100000", help="images of the piles whose memory is measured")
     add("--work", default="runs/curation", help="a folder for them")
     add("--json", default="")
+    add = (three := commands.add_parser("near")).add_argument
+    three.set_defaults(command=near)
+    add("--images", type=int, default=2500)
     args, rest = parser.parse_known_args()
-    if strange := [x for x in rest if "=" not in x or x.startswith("-")] or (rest and args.command is speed):
+    if strange := [x for x in rest if "=" not in x or x.startswith("-")] or (
+        rest and args.command is not truth
+    ):
         parser.error(f"unknown: {strange}")
     args.settings = rest
     args.command(args)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -730,6 +731,16 @@ def test_planted_truth_in_small(curation, tmp_path, monkeypatch, capsys):
     nothing = [dict(path=line["path"], why="kept", keep=True, sha256=line["path"]) for line in planted]
     tables, _ = curation.score(planted, nothing, {})
     assert tables["quality"]["all"]["recall"] == tables["leaks"]["exact"]["recall"] == 0
+
+
+def test_near_in_small(curation, monkeypatch, capsys):
+    """No copy is missed within 6 bits of eight scenes, some within none, and no two scenes are alike."""
+    monkeypatch.setattr(sys, "argv", ["curation.py", "near", "--images", "8"])
+    curation.main()
+    lines = {line.split("  ")[1]: line for line in capsys.readouterr().out.splitlines() if "radius" in line}
+    missed = {radius: [int(x) for x in re.findall(r"missed (\d+)", line)] for radius, line in lines.items()}
+    assert sum(missed["radius 6"]) == 0 < sum(missed["radius 0"])
+    assert all(line.endswith("false pairs 0") for line in lines.values())
 
 
 def test_speed_in_small(curation, monkeypatch, capsys):
