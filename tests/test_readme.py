@@ -98,6 +98,9 @@ def test_curation_is_quoted_as_measured():
     assert f"| {rate['one pass, images/s']:.0f} images/s |" in LOG
     assert f"one by one: {rate['naive, images/s']:.0f} images/s |" in LOG
     assert f"| {memory[0]:.0f} and {memory[2]:.0f} MB |" in LOG
+    for pile in "curated", "raw":
+        knn = json.loads((ROOT / "results" / f"{pile}_pile.json").read_text())["summary"]["knn_top1"]
+        assert "{mean:.3f} ({min:.3f}-{max:.3f})".format(**knn) in README
     scoring, one_pass = speed["500,000,000 images, hours of one core"].values()
     assert f"scoring {scoring:.0f} hours, on 128 cores {scoring / 128:.1f}" in README
     assert f"{one_pass:.0f} hours for each pass" in README
