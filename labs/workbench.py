@@ -13,6 +13,7 @@ import argparse
 import functools
 import importlib
 import math
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -129,7 +130,7 @@ def table(*rows):
 def save(picture, name):
     """Write a PIL image to runs/labs/`name` and say so."""
     path = Path("runs", "labs", name)
-    with in_one_act(path) as f:
+    with in_one_act(path, mark=os.getpid()) as f:  # two seeds may run side by side
         picture.save(f, "PNG")
     print(f"wrote {path}")
 
