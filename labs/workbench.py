@@ -4,8 +4,8 @@
     python labs/lab1_collapse.py --solution    # with ours, from labs/solutions/
     python labs/lab1_collapse.py --solution --short    # a few steps, to see that everything runs
 
-A trial is `train.train_step` in a loop: the laptop preset with patches of 8 pixels, which is four times as
-fast; nothing is saved, nothing is left out. What is unusual here: a check has a control, the same number
+A trial is `train.train_step` in a loop: the laptop preset with patches of 8 pixels, a quarter as many; nothing
+is saved, nothing is left out. What is unusual here: a check has a control, the same number
 from a run without the effect, and passes only if the number lies within the bounds and the control does not.
 """
 
@@ -37,7 +37,7 @@ from scenes import Scenes  # noqa: E402
 
 @functools.cache
 def drawn(count, seed, size, i, draw=Scenes.__getitem__):
-    """A scene is drawn once, for all trials of a lab: 12 KB each, and a quarter of a trial's time."""
+    """A scene is drawn once, for all trials of a lab; it takes 12 KB."""
     return draw(Scenes(count, seed, size), i)
 
 
