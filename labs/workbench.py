@@ -4,9 +4,9 @@
     python labs/lab1_collapse.py --solution    # with ours, from labs/solutions/
     python labs/lab1_collapse.py --solution --short    # a few steps, to see that everything runs
 
-A trial is `train.train_step` in a loop: the laptop preset with patches of 8 pixels, a quarter as many; nothing
-is saved, nothing is left out. What is unusual here: a check has a control, the same number
-from a run without the effect, and passes only if the number lies within the bounds and the control does not.
+A trial is `train.train_step` in a loop: the laptop preset with patches of 8 pixels, a quarter as many;
+nothing is saved, nothing is left out. What is unusual here: a check has a control, the same number from a run
+without the effect, and passes only if the number lies within the bounds and the control does not.
 """
 
 import argparse
