@@ -5,7 +5,7 @@
     python bench.py --resume --only presets --models vitg14 train.batch_size_per_gpu=32
 
 Three parts: `presets` times train.py's own step for each model, at its published batch per GPU; `ablation`
-switches off one efficiency measure at a time, then all five ("plain eager PyTorch"); `data` reads JPEG files
+switches off one efficiency measure at a time, then all six ("plain eager PyTorch"); `data` reads JPEG files
 and says how long the loop waits for them. Settings of train.py go to every row; `tflops=` is the peak of a
 chip that PEAK lacks. results/bench.json is written after every row, the tables beside it as markdown; without
 --resume it starts anew.
@@ -49,7 +49,7 @@ from train import Trainee, train_step
 
 ROOT = Path(__file__).parent
 MODELS, ABLATED = "vits14,vitb14,vitl14,vitl16_short,vitg14", "vitl16_short"
-MEASURES = ("kernels", "compile", "packing", "drop-path subset", "fused losses")
+MEASURES = ("kernels", "compile", "16-bit stream", "packing", "drop-path subset", "fused losses")
 WARM_UP = 3  # the first step compiles and makes the optimizer's moments, the second may compile again
 # Dense 16-bit products of one chip in TFLOP/s, from the makers' data sheets; the first name found counts.
 PEAK = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
@@ -80,12 +80,18 @@ def drop_path_by_mask(x, groups, branch, rate):
     return x + (branch(x, groups) * torch.cat(gains)).to(x.dtype)
 
 
+def whole_model(model, device, dtype):
+    """Without the 16-bit stream: fp32 weights under autocast; norms and residual stream stay fp32 too."""
+    return model.to_empty(device=device)
+
+
 @contextmanager
 def without(measures, cfg):
     """The shipped code, with some of its measures replaced by the plain way."""
     plain = {
         "kernels": (attention, "CHOICE", "pytorch"),  # speed.kernels=pytorch: attention and losses
-        "compile": (cfg.speed, "compile", False),
+        "compile": (cfg.speed, "compile", "off"),
+        "16-bit stream": (dist, "shard", whole_model),
         "packing": (model.VisionTransformer, "forward_crops", one_size_at_a_time),
         "drop-path subset": (model, "drop_path", drop_path_by_mask),
         # The losses alone: iBOT's targets and softmaxes, M x K, are written to memory in fp32.
@@ -291,8 +297,7 @@ def arguments(argv, dry):
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of train.py; tflops=")
     args = parser.parse_intermixed_args(argv)
-    settings = [] if dry else ["speed.compile=true"]  # which training leaves off by default
-    settings += [text for text in args.overrides if not text.startswith("tflops=")]
+    settings = [text for text in args.overrides if not text.startswith("tflops=")]
     tflops = [text.removeprefix("tflops=") for text in args.overrides if text.startswith("tflops=")] or ["0"]
     if not tflops[-1].replace(".", "", 1).isdigit() or args.steps < 1:
         raise UserError(f"tflops is {tflops[-1]!r} and --steps {args.steps}: both must be numbers above 0")

@@ -126,7 +126,7 @@ class Config:
     class speed:  # ours: what changes the time of a run, not its result (beyond rounding)
         device: Literal["auto", "cpu", "cuda"] = "auto"
         checkpointing: Literal["off", "full", "selective"] = "off"  # of activations: less memory, more time
-        compile: bool = False  # torch.compile, block by block
+        compile: Literal["auto", "on", "off"] = "auto"  # torch.compile, block by block; auto: on a GPU
         kernels: Literal["auto", "triton", "pytorch"] = "auto"  # auto: Triton's where a GPU is
         threads: Whole = 0  # of each process on the CPU; 0 = leave it to PyTorch
     # fmt: on
@@ -212,8 +212,8 @@ def convert(kind, value):
         with suppress(ValueError, OverflowError):
             if low <= float(value) <= high and number(float(value)) == float(value):
                 return number(float(value))
-    if origin is Literal and value is False:  # YAML reads a bare off as false
-        value = "off"
+    if origin is Literal and isinstance(value, bool):  # YAML reads a bare on or off as a truth value
+        value = "on" if value else "off"
     if origin is Literal and value in args or origin in (bool, str) and isinstance(value, origin):
         return value
     if origin is str and value is None:

@@ -114,7 +114,8 @@ def drop_path(x, groups, branch, rate):
         kept_groups.append((k, length))
         start += b * length
     rows = torch.cat(rows)
-    residual = branch(x[rows], kept_groups) * torch.cat(scales)
+    # Not x[rows]: indexing sorts the rows in its backward pass, in case one came twice.
+    residual = branch(x.index_select(0, rows), kept_groups) * torch.cat(scales)
     return x.index_add(0, rows, residual.to(x.dtype))
 
 

@@ -3,14 +3,15 @@ moving average.
 
 What is unusual here: a schedule is a pure function of the step (no state to save, nothing to replay on
 resume), and "epoch" is the published convention of OFFICIAL_EPOCH_LENGTH steps, whatever the size of the data
-set.
+set. With --max-minutes the schedules are fitted into the time, so that they end before it does.
 """
 
 import math
+import time
 
 import torch
 
-from distributed import local, whole
+from distributed import from_first, local, whole
 
 
 def multipliers(name, depth, layerwise_decay, patch_embed_lr_mult):
@@ -60,10 +61,15 @@ def cosine(step, start, end, total, warmup=0):
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+def total_steps(cfg):
+    """Optimizer steps of the whole run."""
+    return round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
+
+
 def schedule(cfg, step, world_size=1):
     """The numbers of a step: three learning rates, weight_decay, momentum, teacher_temp (Table 16)."""
     o, t, epoch = cfg.optim, cfg.teacher, cfg.train.OFFICIAL_EPOCH_LENGTH
-    total = round(o.epochs * epoch)
+    total = total_steps(cfg)
     batch = cfg.train.batch_size_per_gpu * cfg.train.accumulate * world_size  # images of one step, not crops
     peak = o.base_lr * math.sqrt(batch / 1024)  # the one published scaling_rule
     lr = cosine(step, peak, o.min_lr, total, round(o.warmup_epochs * epoch))
@@ -77,6 +83,56 @@ def schedule(cfg, step, world_size=1):
         momentum=cosine(step, t.momentum_teacher, t.final_momentum_teacher, total),
         teacher_temp=t.warmup_teacher_temp + (t.teacher_temp - t.warmup_teacher_temp) * progress,
     )
+
+
+class Deadline:
+    """Fits the schedules into the minutes that a run may take: one that is cut off never anneals.
+
+    The pace of the latest steps says how many more will fit; then all spans of the schedules (the run, its
+    warm-ups, what is frozen) change in proportion. Looked at again whenever a quarter more steps are done.
+    Without minutes (0) it does nothing. A run that turns slow near its end is cut off all the same.
+    """
+
+    SETTLE = 4  # steps that compile, and find full queues: their pace is not the run's
+    FIRST = 16  # steps until the first look
+    MARGIN = 0.98  # share of the time that is planned
+
+    def __init__(self, cfg, minutes, start):
+        self.cfg = cfg
+        self.seconds = 60 * minutes
+        self.start = start  # the step this process begins with
+        self.most = total_steps(cfg)
+        self.began = time.monotonic()
+        self.last_look = start + self.SETTLE
+        self.next_look = start + self.FIRST
+
+    def passed(self, step):
+        """Whether the time is over (never before the first step)."""
+        return self.seconds > 0 and step > self.start and time.monotonic() - self.began > self.seconds
+
+    def refit(self, step, device):
+        """After each step -> True if the schedules in cfg have changed: they then end within the time."""
+        if not self.seconds or step not in (self.start + self.SETTLE, self.next_look):
+            return False
+        torch.get_device_module(device).synchronize()  # the host runs ahead of a GPU
+        now = time.monotonic()
+        if step == self.start + self.SETTLE:
+            self.looked = now
+            return False
+        pace = max(now - self.looked, 1e-9) / (step - self.last_look)
+        left = self.MARGIN * self.seconds - (now - self.began)
+        fitting = min(step + max(int(left / pace), 1), self.most)
+        fitting = from_first(fitting)  # the clocks of the ranks differ
+        self.looked = now
+        self.last_look = step
+        self.next_look = step + (step - self.start) // 4
+        ratio = fitting / total_steps(self.cfg)
+        if 0.99 < ratio < 1.01:
+            return False
+        for section in (self.cfg.optim, self.cfg.teacher):
+            for name in [name for name in vars(section) if name.endswith("epochs")]:
+                setattr(section, name, getattr(section, name) * ratio)
+        return True
 
 
 def set_rates(optimizer, now):

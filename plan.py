@@ -21,6 +21,7 @@ import torch
 import config
 from config import UserError
 from model import DINOv2
+from optim import total_steps
 
 EXTRA = dict(gpus=1, mfu=0.4, tflops=989.0, memory=80.0)
 
@@ -105,7 +106,7 @@ def memory(shape, cfg, gpus, half, teacher=None):
     patches = s.M * Ki * (2 * wide if half else 6 * wide)
     return {
         "student, fp32 shard": 4 * P / gpus, "teacher, fp32 shard": 4 * P / gpus, "gradients": 4 * P / gpus,
-        "AdamW": 8 * P / gpus, "gathered layers": 2 * wide * largest if gpus > 1 else wide * P * half,
+        "AdamW": 8 * P / gpus, "gathered layers": 2 * wide * largest,
         "activations": activations(s, half, cfg.speed.checkpointing), "logits and targets": cls + patches,
         "images": sum(count * n * 3 * s.p**2 * 4 for count, n in s.crops), **frozen,
     }  # fmt: skip
@@ -117,7 +118,7 @@ def plan(cfg, gpus, mfu, tflops, memory_gb):
     teacher = Shape(config.load(run / "config.yaml")) if cfg.train.distill_from else None
     P, work = s.size(), flops(s, teacher)
     parts, total = memory(s, cfg, gpus, half, teacher), 0
-    steps = round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
+    steps = total_steps(cfg)
     images = s.B * gpus * cfg.train.accumulate
     step = cfg.train.accumulate * sum(work.values())
     seconds = step / (mfu * tflops * 1e12)

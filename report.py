@@ -25,6 +25,7 @@ import config
 from config import UserError
 from data import open_source
 from features import open_weights
+from optim import total_steps
 from runfolder import replace
 from visualize import attention_of, attention_tile, large_sample, pca_row, through_training, tile
 
@@ -86,7 +87,7 @@ def read_run(path, name, color):
     except (UserError, ValueError) as e:
         raise UserError(f"config.yaml, result.json or environment.json of {path} is no good: {e}") from None
     rows, torn = read_rows(path / "metrics.jsonl")
-    last, steps = rows[-1]["step"] if rows else 0, round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
+    last, steps = rows[-1]["step"] if rows else 0, total_steps(cfg)
     bad = sum(len(read_rows(file)[0]) for file in path.glob("bad_images_rank*.jsonl"))
     result = {"state": "finished" if done else "not finished: no result.json yet"} | done
     result |= {"steps": f"{done.get('steps', last)} of {steps}", "bad_images": done.get("bad_images", bad)}

@@ -74,6 +74,11 @@ class RunFolder:
         replace(self.path / "environment.json", json.dumps(environment() | self.facts, indent=1))
         (self.path / "checkpoints").mkdir(exist_ok=True)
 
+    def write_config(self, text):
+        """The settings have changed on the way (--max-minutes): config.yaml must say what was run."""
+        if rank() == 0:
+            replace(self.path / "config.yaml", text)
+
     def log(self, row):
         """Append one flat dict to metrics.jsonl."""
         if rank() > 0:

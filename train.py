@@ -37,7 +37,7 @@ from kernels import attention, prototypes
 from kernels.prototypes import SoftTargets
 from losses import Centering, collapse, diagnose, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 from model import DINOv2, describe, init_weights, start_from
-from optim import clip_gradients, make_optimizer, schedule, set_rates, update_teacher
+from optim import Deadline, clip_gradients, make_optimizer, schedule, set_rates, total_steps, update_teacher
 from runfolder import RunFolder
 
 # ==========================================================================================================
@@ -59,8 +59,8 @@ class Trainee:
             self.ema = DINOv2(cfg).eval().requires_grad_(False)
         if cfg.train.distill_from or not cfg.ibot.mask_sample_probability:  # a mask token without gradient
             self.student.backbone.mask_token.requires_grad_(False)
-        dist.lighten(self.student.backbone.blocks, cfg.speed.checkpointing, cfg.speed.compile)
-        dist.lighten(self.ema.backbone.blocks, compiled=cfg.speed.compile)
+        dist.lighten(self.student.backbone.blocks, device, cfg.speed.compile, cfg.speed.checkpointing)
+        dist.lighten(self.ema.backbone.blocks, device, cfg.speed.compile)
         for model in (self.student, self.ema):
             dist.shard(model, torch.device(device), self.dtype)
         init_weights(self.student, cfg.student.init_std, cfg.train.seed)
@@ -215,7 +215,7 @@ def frozen_teacher(cfg, device, dtype):
         raise UserError(f"train.distill_from {folder} does not fit this run: {'; '.join(differ)}")
     with torch.device("meta"):
         teacher = DINOv2(theirs).eval().requires_grad_(False)
-    dist.lighten(teacher.backbone.blocks, compiled=cfg.speed.compile)
+    dist.lighten(teacher.backbone.blocks, device, cfg.speed.compile)
     dist.shard(teacher, torch.device(device), dtype)
     if not start_from(teacher, folder)[1]:
         raise UserError(f"{folder}/teacher.pth lacks heads: distillation needs one that a run has written")
@@ -237,10 +237,12 @@ def arguments(argv):
     add("--output-dir", default="", help="the run folder (default: runs/NAME, or NAME-2, ...)")
     add("--init-from", default="", help="a run or released weights to start from (train.init_from)")
     add("--resume", action="store_true", help="continue the run in the folder, if there is one")
-    add("--max-minutes", type=float, default=0, help="stop early, with checkpoint and evaluation")
+    add("--max-minutes", type=float, default=0, help="shorten the schedules so that they end in time")
     add("--profile", action="store_true", help="where the time of a step goes: a table and a trace")
     add("overrides", nargs="*", metavar="key=value", help="e.g. optim.base_lr=1e-3 train.seed=1")
     args = parser.parse_intermixed_args(argv)
+    if not args.max_minutes >= 0:
+        raise UserError(f"--max-minutes is {args.max_minutes:g}: give the minutes, or 0 for no limit")
     preset = args.model or ("" if args.config else "laptop")
     start = [f"train.init_from={args.init_from}"] if args.init_from else []
     cfg = config.load(args.config or None, preset or None, [*args.overrides, *start])
@@ -273,6 +275,13 @@ class Watch:
         first, tty = dist.rank() == 0, sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=t.step, disable=not (first and tty), dynamic_ncols=True)
         self.lines = first and not tty
+
+    def expect(self, steps):
+        """The run will take other `steps` than it was begun for -> steps."""
+        if dist.rank() == 0:
+            tqdm.write(f"{steps} steps fit into the time: the schedules end with them", file=sys.stderr)
+        self.steps = self.bar.total = steps
+        return steps
 
     def images_seen(self, bad, total, step):
         """Write down the images that did not decode (`total` of all ranks); stop when they are too many."""
@@ -356,7 +365,7 @@ def main(argv=None):
     run.rewind(t.step)
     rank, world = dist.rank(), dist.world_size()
     micro_batches = make_loader(cfg, dataset, device, t.step, rank, world)
-    steps = round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
+    steps = total_steps(cfg)
     if rank == 0:
         size = sum(p.numel() for p in t.student.parameters())
         print(f"{run.path}: {describe(t.student.backbone)}; {size:,} parameters with heads")
@@ -374,14 +383,13 @@ def main(argv=None):
         from stopwatch import Profile
 
         profile = Profile(PARTS, run.path, device)
-    began, signalled = time.monotonic(), False
+    deadline, signalled = Deadline(cfg, args.max_minutes, first), False
     while t.step < steps:
         with part("data wait"):
             batch = [next(micro_batches) for _ in range(cfg.train.accumulate)]
         bad = [b for micro in batch for b in micro["bad"]]
-        late = bool(args.max_minutes) and t.step > first and time.monotonic() - began > 60 * args.max_minutes
         # The one exchange between the hosts: all ranks draw the same conclusions at the same step.
-        flags = len(bad), bool(run.stop_requested), late, writer.failed()
+        flags = len(bad), bool(run.stop_requested), deadline.passed(t.step), writer.failed()
         spoilt, signalled, late, failed = dist.tally(*flags)
         if failed:
             writer.wait()  # raises
@@ -396,6 +404,9 @@ def main(argv=None):
         torch.manual_seed(hash((cfg.train.seed, t.step, rank)) % 2**63)
         metrics = train_step(t, batch, now, cfg, look)
         t.step += 1
+        if deadline.refit(t.step, device):
+            steps = watch.expect(total_steps(cfg))
+            run.write_config(cfg.to_yaml())
         watch.unread.append(metrics["skipped"])
         watch.bar.update()
         # once in a while: log, look at the features, save

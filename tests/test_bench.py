@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 import bench
 import config
+import distributed
 import model
 import plan
 import train
 from config import UserError
+from distributed import whole
 from kernels import attention
 from optim import schedule
 
@@ -27,6 +30,9 @@ def step(off, *settings):
         seen["groups"].append(groups)
         return attention.attention(qkv, groups, *rest)
 
+    def look(block, given, out):
+        seen["stream"] = out.dtype
+
     def eye(student, targets, *rest):
         seen["targets"].append(type(targets))
         return losses(student, targets, *rest)
@@ -37,10 +43,16 @@ def step(off, *settings):
         patch.setattr(train, "ibot_loss", eye)
         torch.manual_seed(0)
         t, batch = train.Trainee(cfg), next(bench.noise(cfg, torch.device("cpu")))
-        seen["compiled"] = t.student.backbone.blocks[0]._compiled_call_impl is not None
+        seen["compiled"] = hasattr(t.student.backbone.blocks[0].forward, "_torchdynamo_orig_callable")
+        seen["sharded"] = isinstance(t.student.backbone.norm.weight, DTensor)
+        t.student.backbone.blocks[0].register_forward_hook(look)
         torch.manual_seed(1)  # drop path
         metrics = train.train_step(t, [batch], schedule(cfg, 0), cfg)
-    return metrics, {name: p.grad for name, p in t.student.named_parameters()}, seen
+    return (
+        metrics,
+        {name: None if p.grad is None else whole(p.grad) for name, p in t.student.named_parameters()},
+        seen,
+    )
 
 
 def same(a, b):
@@ -92,11 +104,29 @@ def test_without_kernels(monkeypatch):
         assert on[2]["targets"] == [train.SoftTargets] and plain[2]["targets"] == [torch.Tensor]
 
 
-def test_without_all_five():
+@pytest.fixture
+def group_of_one():
+    """What a single GPU has, on a CPU."""
+    distributed.group_of_one()
+    yield
+    distributed.end()
+
+
+def test_without_the_16_bit_stream(group_of_one):
+    """A model that is sharded onto one process computes the same; in bf16, with half of the bytes."""
     rate = "student.drop_path_rate=0"
-    on, plain = step([], rate), step(list(bench.MEASURES), rate, "speed.compile=true")
+    sharded, plain = step([], rate), step(["16-bit stream"], rate)
+    same(sharded, plain)
+    assert sharded[2]["sharded"] and not plain[2]["sharded"]
+    for off, dtype in ([], torch.bfloat16), (["16-bit stream"], torch.float32):
+        assert step(off, rate, "compute_precision.dtype=bf16")[2]["stream"] == dtype
+
+
+def test_without_all_six(group_of_one):
+    rate = "student.drop_path_rate=0"
+    on, plain = step([], rate), step(list(bench.MEASURES), rate, "speed.compile=on")
     same(on, plain)
-    assert not plain[2]["compiled"]
+    assert not plain[2]["compiled"] and not plain[2]["sharded"]
 
 
 @pytest.mark.parametrize("settings", [[], ["ibot.mask_sample_probability=0"], ["crops.local_crops_number=0"]])
@@ -148,7 +178,7 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "train_step", hungry)
     bench.main(["--out", str(out), "--steps", "1", "tflops=1", *SMALL])
     said, rows = capsys.readouterr().out, json.loads(out.read_text())["rows"]
-    assert "say nothing about a GPU" in said and len(rows) == 1 + 7 + 1
+    assert "say nothing about a GPU" in said and len(rows) == 1 + 8 + 1
     assert [r["off"] for r in rows if "failed" in r] == [list(bench.MEASURES), ["packing"]]
     assert "| debug, without packing | out of memory | - |" in said and "| debug, without compile |" in said
     assert all(len(r["losses"]) == bench.WARM_UP + 1 and r["mfu"] > 0 for r in rows if "failed" not in r)
@@ -159,7 +189,7 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
         bench, "measure", lambda row: counted.append(row["off"]) or dict(images_per_second=1.0)
     )
     bench.main(["--out", str(out), "--steps", "1", "tflops=1", *SMALL, "--resume"])
-    assert counted == [list(bench.MEASURES), ["packing"]] and len(json.loads(out.read_text())["rows"]) == 9
+    assert counted == [list(bench.MEASURES), ["packing"]] and len(json.loads(out.read_text())["rows"]) == 10
 
 
 def test_no_time_no_row(capsys):

@@ -61,6 +61,66 @@ def test_two_processes_are_one(alone, forked, tmp_path):
     assert len(found) == STEPS and difference(expected, found) < 1e-5
 
 
+ONE_GPU = "import distributed; distributed.group_of_one()"  # as distributed.init does on a GPU
+
+
+@pytest.fixture(scope="module")
+def one_gpu(nursery):
+    return lambda processes, *arguments: nursery.run(*arguments, ranks=processes, first=ONE_GPU)
+
+
+def test_a_single_gpu_is_a_group_of_one(alone, forked, one_gpu, tmp_path):
+    """Sharded onto itself a run is the same; in bf16 near it; and its checkpoints are those of any other."""
+    setting, expected, _ = alone
+    half = [setting, "train.checkpoint_every=10", "train.keep_last=9"]
+    sharded = run(one_gpu, 1, tmp_path / "sharded", *half)
+    assert difference(expected, sharded) < 1e-5
+    again = run(forked, 1, start_of(tmp_path / "sharded", tmp_path / "again", 10), *half, "--resume")
+    assert difference(expected, again) < 1e-5
+    bf16 = run(one_gpu, 1, tmp_path / "bf16", *half, "compute_precision.dtype=bf16")
+    assert not any(row["skipped"] for row in bf16)
+    assert 0 < max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(expected, bf16)) < 0.02
+    files = [tmp_path / name / "teacher.pth" for name in ("sharded", "bf16")]
+    fp32, half_trained = (torch.load(file, weights_only=True)["teacher"] for file in files)
+    assert {k: v.dtype for k, v in half_trained.items()} == {k: v.dtype for k, v in fp32.items()}
+    resumed = start_of(tmp_path / "bf16", tmp_path / "master", 10)
+    from_bf16 = run(forked, 1, resumed, *half, "compute_precision.dtype=fp32", "--resume")
+    assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(expected, from_bf16)) < 0.02
+
+
+GRAPHS = """
+import functools, sys, torch, config, distributed, train
+from bench import noise
+from kernels import attention
+from torch._dynamo.utils import counters
+
+def main():
+    args, cfg = train.arguments(argv)
+    real = torch.compile
+    torch.compile = functools.partial(real, backend="eager")
+    attention.CHOICE = cfg.speed.kernels
+    distributed.group_of_one()
+    t = train.Trainee(cfg)
+    batches = noise(cfg, torch.device("cpu"))
+    for step in range(3):
+        train.train_step(t, [next(batches)], train.schedule(cfg, step), cfg)
+    assert counters["stats"]["unique_graphs"] == 2, counters["stats"]
+    assert not counters["graph_break"], counters["graph_break"]
+
+config.run(main)
+sys.exit()  # instead of the run that would follow
+"""
+
+
+@pytest.mark.parametrize("checkpointing,kernels", [("off", "triton"), ("selective", "pytorch")])
+def test_compiled_blocks_are_two_graphs(nursery, checkpointing, kernels):
+    """One of the teacher and one of the student, whatever the depth, the step and the sharding; no breaks."""
+    size = ["crops.global_crops_size=16", "crops.local_crops_size=8", "train.batch_size_per_gpu=4"]
+    settings = ["student.drop_path_rate=0.3", f"speed.checkpointing={checkpointing}"]
+    settings += [f"speed.kernels={kernels}", "speed.compile=on"]
+    nursery.run(*SETTINGS, *size, *settings, "--output-dir", "unused", first=GRAPHS)
+
+
 COLLECTIVES = """
 import sys, torch, config, distributed as dist, losses, train
 
@@ -219,9 +279,7 @@ def test_compiled_blocks_agree(tmp_path):
     plain = run(fresh, 1, tmp_path / "plain", "optim.epochs=0.2")
     for processes in (1, 2):  # alone, and inside of FSDP
         folder = tmp_path / str(processes)
-        assert (
-            difference(plain, run(fresh, processes, folder, "optim.epochs=0.2", "speed.compile=true")) < 1e-4
-        )
+        assert difference(plain, run(fresh, processes, folder, "optim.epochs=0.2", "speed.compile=on")) < 1e-4
 
 
 @pytest.mark.slow

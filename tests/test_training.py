@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import checkpoint
 import config
 import data
 import eval_knn
+import optim
 import train
 from config import UserError
 
@@ -129,10 +131,49 @@ def test_results_pictures_and_baselines(tmp_path, capsys):
     assert "raw pixels" in tail[0] and tail[1].startswith("k-NN top-1") and tail[3].startswith("10 steps in")
 
 
-def test_max_minutes_stops_early_with_a_checkpoint(tmp_path):
+def test_max_minutes_cuts_off_what_cannot_fit(tmp_path):
     go(tmp_path / "run", "--max-minutes", 1e-9)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 1
     assert (tmp_path / "run" / "checkpoints" / "step_00000001").is_dir()
+
+
+def test_max_minutes_lets_the_schedules_end(tmp_path, monkeypatch, capsys):
+    """Of 6,000 steps of a second each, a minute's anneal to their end; config.yaml says how many."""
+    real, clock = train.train_step, [0.0]
+
+    def a_second(*given):
+        clock[0] += 1
+        return real(*given)
+
+    monkeypatch.setattr(train, "train_step", a_second)
+    monkeypatch.setattr(optim, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    spans = ["optim.epochs=60", "optim.warmup_epochs=6", "train.OFFICIAL_EPOCH_LENGTH=100"]
+    metrics = go(tmp_path / "run", "--max-minutes", 1, *spans, "train.batch_size_per_gpu=2")
+    steps = json.loads((tmp_path / "run" / "result.json").read_text())["steps"]
+    cfg = config.load(tmp_path / "run" / "config.yaml")
+    assert steps == optim.total_steps(cfg) and 55 <= steps <= 60
+    assert cfg.optim.warmup_epochs == pytest.approx(0.1 * cfg.optim.epochs)
+    rates = [row["lr"] for row in metrics]
+    assert len(rates) == steps and rates[-1] < 0.01 * max(rates)
+    assert f"{steps} steps fit into the time" in capsys.readouterr().err
+
+
+def test_a_deadline_follows_the_pace(monkeypatch):
+    """Steps that become slower, or faster: the run ends within its time, and uses nearly all of it."""
+    for pace in (lambda step: 1.0, lambda step: 1.0 + (step > 50), lambda step: 1.0 + (step < 100)):
+        cfg, clock, step = config.load(model="debug", overrides=["optim.epochs=500"]), [0.0], 10
+        monkeypatch.setattr(optim, "time", SimpleNamespace(monotonic=lambda clock=clock: clock[0]))
+        deadline = optim.Deadline(cfg, 300 / 60, step)
+        while step < optim.total_steps(cfg) and not deadline.passed(step):
+            step, clock[0] = step + 1, clock[0] + pace(step)
+            deadline.refit(step, "cpu")
+        assert step == optim.total_steps(cfg) and 270 < clock[0] <= 300, clock[0]
+    with pytest.raises(UserError, match="--max-minutes is -1"):
+        train.arguments(["--max-minutes", "-1"])
+    roomy = config.load(model="debug")
+    before = roomy.to_yaml()
+    deadline = optim.Deadline(roomy, 1e6, 0)
+    assert not any(deadline.refit(step, "cpu") for step in range(1, 100)) and roomy.to_yaml() == before
 
 
 def test_eval_knn_reads_a_run_folder(reference, monkeypatch, capsys):
