@@ -80,18 +80,14 @@ def drop_path_by_mask(x, groups, branch, rate):
     return x + (branch(x, groups) * torch.cat(gains)).to(x.dtype)
 
 
-def whole_model(model, device, dtype):
-    """Without the 16-bit stream: fp32 weights under autocast; norms and residual stream stay fp32 too."""
-    return model.to_empty(device=device)
-
-
 @contextmanager
 def without(measures, cfg):
     """The shipped code, with some of its measures replaced by the plain way."""
     plain = {
         "kernels": (attention, "CHOICE", "pytorch"),  # speed.kernels=pytorch: attention and losses
         "compile": (cfg.speed, "compile", "off"),
-        "16-bit stream": (dist, "shard", whole_model),
+        # What flows from block to block is fp32 then, as autocast alone has it.
+        "16-bit stream": (model, "compute_type", lambda x: x),
         "packing": (model.VisionTransformer, "forward_crops", one_size_at_a_time),
         "drop-path subset": (model, "drop_path", drop_path_by_mask),
         # The losses alone: iBOT's targets and softmaxes, M x K, are written to memory in fp32.

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from config import UserError
-from distributed import PATIENCE, from_first, local, rank, whole
+from distributed import PATIENCE, from_first, local, rank, whole, world_size
 from model import VisionTransformer
 from runfolder import in_one_act, replace
 
@@ -298,8 +298,8 @@ def in_one_piece(module):
 
 
 def plain_teacher(t):
-    """The teacher's backbone in one piece on rank 0, None on other ranks; itself if nothing is sharded."""
-    if not dist.is_initialized():
+    """The teacher's backbone in one piece on rank 0, None on the other ranks; alone, itself."""
+    if world_size() == 1:
         return t.ema.backbone
     tensors, device = in_one_piece(t.ema.backbone), local(t.ema.backbone.norm.weight).device
     if rank() > 0:

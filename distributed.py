@@ -1,11 +1,9 @@
 """Processes that train together: their start, and the few collectives that the method needs.
 
 Started by `torchrun --nproc_per_node 8 train.py`, every process (a "rank") finds its number in the
-environment. Started alone on a CPU, there is no process group and every function here is a no-op, so nobody
-asks "are we distributed?" elsewhere. What is unusual: a single GPU is a group of one, so that it trains in
-the same precision, through the same FSDP code, as a thousand; and flags and objects travel on the CPU (gloo)
-even when tensors travel between GPUs (NCCL), so a stop signal or a decision of rank 0 costs no GPU
-synchronisation.
+environment. Started alone, there is no process group and every function here is a no-op, so nobody asks "are
+we distributed?" elsewhere. What is unusual: flags and objects travel on the CPU (gloo) even when tensors
+travel between GPUs (NCCL), so a stop signal or a decision of rank 0 costs no GPU synchronisation.
 """
 
 import os
@@ -27,10 +25,8 @@ PATIENCE = timedelta(hours=2)  # the others wait while rank 0 evaluates, or writ
 
 
 def init(wish="auto"):
-    """Join torchrun's process group; on a GPU without torchrun, one of this process alone.
-
-    `wish`: auto, cpu or cuda -> this process's torch.device.
-    """
+    """Join the process group, if torchrun made one. `wish`: auto, cpu or cuda -> this process's
+    torch.device."""
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     shared, restarts = (os.environ.get(f"TORCHELASTIC_{x}", "0") for x in ("USE_AGENT_STORE", "MAX_RESTARTS"))
     if shared == "True" and int(restarts) and os.environ.get("RANK", "0") == "0":
@@ -46,15 +42,7 @@ def init(wish="auto"):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
-    elif device.type == "cuda":
-        group_of_one("cpu:gloo,cuda:nccl")
     return device
-
-
-def group_of_one(backend="gloo"):
-    """A process group without other members, unless there is a group: `shard` then shards onto itself."""
-    if not dist.is_initialized():
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def rank():
@@ -68,7 +56,7 @@ def world_size():
 
 def all_reduce(tensor, op="sum"):
     """Sum (or "max") over all ranks, in place; returns the tensor. No gradient flows through it."""
-    if world_size() > 1:
+    if dist.is_initialized():
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
     return tensor
 
@@ -78,9 +66,7 @@ def shard(model, device, dtype=torch.float32):
 
     A block's weights are gathered when it is called, in `dtype`, and dropped again; gradients are averaged in
     fp32 on the way back to their owners. The model keeps its parameter names and knows nothing of this. Its
-    numbers are not set: see `fill`. A group of one has nothing to gather: each block's fp32 weights are cast
-    when it is called, and what flows from block to block is in `dtype` (as autocast alone would not have it:
-    it would keep a residual stream of fp32, twice the bytes of the largest tensors of the step).
+    numbers are not set: see `fill`.
     """
     if not dist.is_initialized():
         return model.to_empty(device=device)
@@ -113,7 +99,7 @@ def lighten(blocks, device, compile="auto", checkpointing="off"):
     how = dict(use_reentrant=False)
     if checkpointing == "selective":
         how["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    if compiled:  # by default an 9th graph (each drop path rate has its own) would silently run uncompiled
+    if compiled:  # each drop path rate has a graph of its own: the default limit of 8 is soon met
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
     for block in blocks:
         if checkpointing != "off":

@@ -94,7 +94,19 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), float(init)))
 
     def forward(self, x):
-        return x * self.gamma
+        return x * self.gamma.to(x.dtype)
+
+
+def compute_type(x):
+    """x in the type in which autocast multiplies, where it is on; else as it is.
+
+    So tokens flow from block to block in 16 bits, as in the authors' code. Autocast alone adds every branch
+    to fp32: twice the bytes for the largest tensors of a step.
+    """
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def drop_path(x, groups, branch, rate):
@@ -221,7 +233,7 @@ class VisionTransformer(nn.Module):
         x = x + self.interpolate_pos_embed(height // p, width // p)
         if self.num_register_tokens:  # after the position: registers have none
             x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], dim=1)
-        return x
+        return compute_type(x)
 
     def forward(self, images, masks=None):
         """images (B, 3, h p, w p), masks (B, N) bool or None -> Tokens. Lists of both: see forward_crops."""

@@ -106,7 +106,7 @@ def memory(shape, cfg, gpus, half, teacher=None):
     patches = s.M * Ki * (2 * wide if half else 6 * wide)
     return {
         "student, fp32 shard": 4 * P / gpus, "teacher, fp32 shard": 4 * P / gpus, "gradients": 4 * P / gpus,
-        "AdamW": 8 * P / gpus, "gathered layers": 2 * wide * largest,
+        "AdamW": 8 * P / gpus, "gathered layers": 2 * wide * largest if gpus > 1 else wide * P * half,
         "activations": activations(s, half, cfg.speed.checkpointing), "logits and targets": cls + patches,
         "images": sum(count * n * 3 * s.p**2 * 4 for count, n in s.crops), **frozen,
     }  # fmt: skip

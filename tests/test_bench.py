@@ -4,16 +4,13 @@ import json
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 import bench
 import config
-import distributed
 import model
 import plan
 import train
 from config import UserError
-from distributed import whole
 from kernels import attention
 from optim import schedule
 
@@ -44,15 +41,10 @@ def step(off, *settings):
         torch.manual_seed(0)
         t, batch = train.Trainee(cfg), next(bench.noise(cfg, torch.device("cpu")))
         seen["compiled"] = hasattr(t.student.backbone.blocks[0].forward, "_torchdynamo_orig_callable")
-        seen["sharded"] = isinstance(t.student.backbone.norm.weight, DTensor)
         t.student.backbone.blocks[0].register_forward_hook(look)
         torch.manual_seed(1)  # drop path
         metrics = train.train_step(t, [batch], schedule(cfg, 0), cfg)
-    return (
-        metrics,
-        {name: None if p.grad is None else whole(p.grad) for name, p in t.student.named_parameters()},
-        seen,
-    )
+    return metrics, {name: p.grad for name, p in t.student.named_parameters()}, seen
 
 
 def same(a, b):
@@ -104,29 +96,17 @@ def test_without_kernels(monkeypatch):
         assert on[2]["targets"] == [train.SoftTargets] and plain[2]["targets"] == [torch.Tensor]
 
 
-@pytest.fixture
-def group_of_one():
-    """What a single GPU has, on a CPU."""
-    distributed.group_of_one()
-    yield
-    distributed.end()
+def test_without_the_16_bit_stream():
+    for off, stream in ([], torch.bfloat16), (["16-bit stream"], torch.float32):
+        assert step(off, "compute_precision.dtype=bf16")[2]["stream"] == stream
+        assert step(off)[2]["stream"] == torch.float32
 
 
-def test_without_the_16_bit_stream(group_of_one):
-    """A model that is sharded onto one process computes the same; in bf16, with half of the bytes."""
-    rate = "student.drop_path_rate=0"
-    sharded, plain = step([], rate), step(["16-bit stream"], rate)
-    same(sharded, plain)
-    assert sharded[2]["sharded"] and not plain[2]["sharded"]
-    for off, dtype in ([], torch.bfloat16), (["16-bit stream"], torch.float32):
-        assert step(off, rate, "compute_precision.dtype=bf16")[2]["stream"] == dtype
-
-
-def test_without_all_six(group_of_one):
+def test_without_all_six():
     rate = "student.drop_path_rate=0"
     on, plain = step([], rate), step(list(bench.MEASURES), rate, "speed.compile=on")
     same(on, plain)
-    assert not plain[2]["compiled"] and not plain[2]["sharded"]
+    assert not plain[2]["compiled"]
 
 
 @pytest.mark.parametrize("settings", [[], ["ibot.mask_sample_probability=0"], ["crops.local_crops_number=0"]])

@@ -61,31 +61,19 @@ def test_two_processes_are_one(alone, forked, tmp_path):
     assert len(found) == STEPS and difference(expected, found) < 1e-5
 
 
-ONE_GPU = "import distributed; distributed.group_of_one()"  # as distributed.init does on a GPU
-
-
-@pytest.fixture(scope="module")
-def one_gpu(nursery):
-    return lambda processes, *arguments: nursery.run(*arguments, ranks=processes, first=ONE_GPU)
-
-
-def test_a_single_gpu_is_a_group_of_one(alone, forked, one_gpu, tmp_path):
-    """Sharded onto itself a run is the same; in bf16 near it; and its checkpoints are those of any other."""
-    setting, expected, _ = alone
+def test_bf16_has_the_checkpoints_of_fp32(alone, forked, tmp_path):
+    """Losses are near those of fp32; what is saved is fp32, and an fp32 run goes on from it."""
+    setting, expected, folder = alone
     half = [setting, "train.checkpoint_every=10", "train.keep_last=9"]
-    sharded = run(one_gpu, 1, tmp_path / "sharded", *half)
-    assert difference(expected, sharded) < 1e-5
-    again = run(forked, 1, start_of(tmp_path / "sharded", tmp_path / "again", 10), *half, "--resume")
-    assert difference(expected, again) < 1e-5
-    bf16 = run(one_gpu, 1, tmp_path / "bf16", *half, "compute_precision.dtype=bf16")
+    bf16 = run(forked, 1, tmp_path / "bf16", *half, "compute_precision.dtype=bf16")
     assert not any(row["skipped"] for row in bf16)
     assert 0 < max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(expected, bf16)) < 0.02
-    files = [tmp_path / name / "teacher.pth" for name in ("sharded", "bf16")]
+    files = [x / "teacher.pth" for x in (folder, tmp_path / "bf16")]
     fp32, half_trained = (torch.load(file, weights_only=True)["teacher"] for file in files)
     assert {k: v.dtype for k, v in half_trained.items()} == {k: v.dtype for k, v in fp32.items()}
-    resumed = start_of(tmp_path / "bf16", tmp_path / "master", 10)
-    from_bf16 = run(forked, 1, resumed, *half, "compute_precision.dtype=fp32", "--resume")
-    assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(expected, from_bf16)) < 0.02
+    resumed = start_of(tmp_path / "bf16", tmp_path / "fp32", 10)
+    again = run(forked, 1, resumed, *half, "--resume")
+    assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(expected, again)) < 0.02
 
 
 GRAPHS = """
@@ -99,26 +87,27 @@ def main():
     real = torch.compile
     torch.compile = functools.partial(real, backend="eager")
     attention.CHOICE = cfg.speed.kernels
-    distributed.group_of_one()
+    distributed.init("cpu")
     t = train.Trainee(cfg)
     batches = noise(cfg, torch.device("cpu"))
     for step in range(3):
         train.train_step(t, [next(batches)], train.schedule(cfg, step), cfg)
     assert counters["stats"]["unique_graphs"] == 2, counters["stats"]
     assert not counters["graph_break"], counters["graph_break"]
+    distributed.end()
 
 config.run(main)
 sys.exit()  # instead of the run that would follow
 """
 
 
-@pytest.mark.parametrize("checkpointing,kernels", [("off", "triton"), ("selective", "pytorch")])
-def test_compiled_blocks_are_two_graphs(nursery, checkpointing, kernels):
+@pytest.mark.parametrize("ranks,checkpointing,kernels", [(1, "off", "triton"), (2, "selective", "pytorch")])
+def test_compiled_blocks_are_two_graphs(nursery, ranks, checkpointing, kernels):
     """One of the teacher and one of the student, whatever the depth, the step and the sharding; no breaks."""
     size = ["crops.global_crops_size=16", "crops.local_crops_size=8", "train.batch_size_per_gpu=4"]
     settings = ["student.drop_path_rate=0.3", f"speed.checkpointing={checkpointing}"]
     settings += [f"speed.kernels={kernels}", "speed.compile=on"]
-    nursery.run(*SETTINGS, *size, *settings, "--output-dir", "unused", first=GRAPHS)
+    nursery.run(*SETTINGS, *size, *settings, "--output-dir", "unused", ranks=ranks, first=GRAPHS)
 
 
 COLLECTIVES = """
