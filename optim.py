@@ -7,11 +7,13 @@ set. With --max-minutes the schedules are fitted into the time, so that they end
 """
 
 import math
+import sys
 import time
 
 import torch
+from tqdm import tqdm
 
-from distributed import from_first, local, whole
+from distributed import from_first, local, rank, whole
 
 
 def multipliers(name, depth, layerwise_decay, patch_embed_lr_mult):
@@ -132,6 +134,8 @@ class Deadline:
         for section in (self.cfg.optim, self.cfg.teacher):
             for name in [name for name in vars(section) if name.endswith("epochs")]:
                 setattr(section, name, getattr(section, name) * ratio)
+        if rank() == 0:
+            tqdm.write(f"{fitting} steps fit into the time: the schedules end with them", file=sys.stderr)
         return True
 
 

@@ -276,13 +276,6 @@ class Watch:
         self.bar = tqdm(total=steps, initial=t.step, disable=not (first and tty), dynamic_ncols=True)
         self.lines = first and not tty
 
-    def expect(self, steps):
-        """The run will take other `steps` than it was begun for -> steps."""
-        if dist.rank() == 0:
-            tqdm.write(f"{steps} steps fit into the time: the schedules end with them", file=sys.stderr)
-        self.steps = self.bar.total = steps
-        return steps
-
     def images_seen(self, bad, total, step):
         """Write down the images that did not decode (`total` of all ranks); stop when they are too many."""
         if bad:
@@ -405,7 +398,7 @@ def main(argv=None):
         metrics = train_step(t, batch, now, cfg, look)
         t.step += 1
         if deadline.refit(t.step, device):
-            steps = watch.expect(total_steps(cfg))
+            steps = watch.steps = watch.bar.total = total_steps(cfg)
             run.write_config(cfg.to_yaml())
         watch.unread.append(metrics["skipped"])
         watch.bar.update()
