@@ -40,7 +40,10 @@ try:
     import triton.language as tl
 except ImportError:  # e.g. macOS, where nothing below calls a kernel
     triton, tl = None, type("tl", (), dict(constexpr=None))
-jit = triton.jit if triton else lambda kernel: kernel
+jit = triton.jit if triton else lambda kernel, **options: kernel
+# Kernels that the host starts. By default Triton compiles again when one of their whole numbers becomes 1 or
+# a multiple of 16. These four gain nothing by it, and a new shape of batch would wait for the compiler.
+launched = partial(jit, do_not_specialize=("n", "H", "T", "first_token"))
 SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # ---------------------------------------------------------------- 1. the specification
@@ -110,7 +113,7 @@ def scores(q, k, first, n, last: tl.constexpr):
     return tl.where(first + tl.arange(0, k.shape[0])[None, :] < n, s, float("-inf")) if last else s
 
 
-@jit
+@launched
 def fwd_tile(qkv, out, lse, n, H, T, c, st, s3, sh, first_token,
              D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
     """Whole sequences of up to N tokens; HEADS heads in turn, the next one being fetched."""
@@ -129,7 +132,7 @@ def fwd_tile(qkv, out, lse, n, H, T, c, st, s3, sh, first_token,
         tl.store(lse + h * T + t + r, m + tl.log2(l), mask=r < n)
 
 
-@jit
+@launched
 def fwd_keep(qkv, out, lse, n, H, T, c, st, s3, sh, first_token, D: tl.constexpr, DP: tl.constexpr,
              C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, BM: tl.constexpr):  # fmt: skip
     """All keys and values stay, in two or three chunks; queries stream past, BM at a time."""
@@ -170,7 +173,7 @@ def fwd_step(q, k0, v0, first, st, n, c, m, l, o, last: tl.constexpr,
     return grown, l * shrink + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, o * shrink[:, None])
 
 
-@jit
+@launched
 def fwd_loop(qkv, out, lse, n, H, T, c, st, s3, sh, first_token,
              D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """A tile of queries stays; keys and values stream past."""
@@ -204,14 +207,14 @@ def ds_tile(q, k, v, do, lse, delta, first, n, c, last: tl.constexpr):
 
 @jit
 def dkdv_tile(q, k, v, do, lse, delta, c, dk, dv):
-    """Adds a tile of queries to dK and dV. Queries beyond n have lse = +inf, so p = 0."""
+    """Adds a tile of queries to dK and dV. Queries beyond n add nothing: their q and dO are zero."""
     p = tl.exp2(tl.dot(k, tl.trans(q)) * c - lse[None, :])  # keys x queries
     dv = tl.dot(p.to(do.dtype), do, dv)
     ds = p * (tl.dot(v, tl.trans(do)) - delta[None, :])
     return tl.dot(ds.to(q.dtype), q, dk), dv
 
 
-@jit
+@launched
 def bwd_tile(qkv, out, lse, delta, dout, dqkv, n, H, T, c, st, s3, sh, sdt, sdh, scale, first_token,
              D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """All three gradients of up to N tokens from tensors that are read once; delta stays in registers."""
@@ -236,7 +239,7 @@ def bwd_tile(qkv, out, lse, delta, dout, dqkv, n, H, T, c, st, s3, sh, sdt, sdh,
     put(g0 + 2 * H * D, dv, 0, N, 3 * H * D, n, D, DP)
 
 
-@jit
+@launched
 def dq_keep(qkv, out, lse, delta, dout, dqkv, n, H, T, c, st, s3, sh, sdt, sdh, scale, first_token,
             D: tl.constexpr, DP: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
             BM: tl.constexpr):  # fmt: skip
@@ -260,7 +263,7 @@ def dq_keep(qkv, out, lse, delta, dout, dqkv, n, H, T, c, st, s3, sh, sdt, sdh, 
         put(dqkv + t * (3 * H * D) + h * D, dq * scale, first, BM, 3 * H * D, n, D, DP)
 
 
-@jit
+@launched
 def dq_loop(qkv, out, lse, delta, dout, dqkv, n, H, T, c, st, s3, sh, sdt, sdh, scale, first_token,
             D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """dQ of a tile of queries, keys and values streaming past; writes delta."""
@@ -281,30 +284,81 @@ def dq_loop(qkv, out, lse, delta, dout, dqkv, n, H, T, c, st, s3, sh, sdt, sdh, 
 
 
 @jit
+def lse_and_delta(lse, delta, first, rows: tl.constexpr, n):
+    """Both numbers of queries first .. first + rows, zero beyond n, by one load.
+
+    128 threads would fetch 64 numbers more than once, Triton 3.6 even 16 times each; 2 x 64 they fetch once.
+    """
+    r = first + tl.arange(0, rows)[:, None]
+    base = tl.where(tl.arange(0, 2) == 0, lse, delta)[None, :]
+    return tl.split(tl.load(base + r, mask=r < n, other=0.0))
+
+
+@jit
+def dkdv_step(q0, do0, lse, delta, first, rows: tl.constexpr, n, c, st, sdt, k, v, dk, dv,
+              D: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+    """Queries first .. first + rows join the gradients (dk, dv) of a tile of keys."""
+    q = tile(q0, first, rows, st, n, D, DP)
+    do = tile(do0, first, rows, sdt, n, D, DP)
+    z, d = lse_and_delta(lse, delta, first, rows, n)
+    return dkdv_tile(q, k, v, do, z, d, c, dk, dv)
+
+
+@jit
+def dkdv_keys(q0, do0, lse, delta, g0, first, keys: tl.constexpr, n, H, c, st, s3, sdt, scale,
+              D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, TAIL: tl.constexpr):  # fmt: skip
+    """dK and dV of keys first .. first + keys; all queries stream past, the tail first, then BM at a time."""
+    k = tile(q0 + s3, first, keys, st, n, D, DP)
+    v = tile(q0 + 2 * s3, first, keys, st, n, D, DP)
+    dk = tl.zeros([keys, DP], tl.float32)
+    dv = tl.zeros([keys, DP], tl.float32)
+    end = n
+    if TAIL:  # before the loop: after it, ptxas would let the loop's products wait for each other (C7515)
+        end = n // BM * BM
+        dk, dv = dkdv_step(q0, do0, lse, delta, end, TAIL, n, c, st, sdt, k, v, dk, dv, D, DP)
+    for j in range(0, end, BM):
+        dk, dv = dkdv_step(q0, do0, lse, delta, j, BM, n, c, st, sdt, k, v, dk, dv, D, DP)
+    put(g0 + H * D, dk * scale, first, keys, 3 * H * D, n, D, DP)
+    put(g0 + 2 * H * D, dv, first, keys, 3 * H * D, n, D, DP)
+
+
+@launched
 def dkdv_loop(qkv, out, lse, delta, dout, dqkv, n, H, T, c, st, s3, sh, sdt, sdh, scale, first_token,
-              D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """dK and dV of a tile of BN keys; queries and dO stream past, BM at a time."""
-    h, t = tl.program_id(1), first_token + tl.program_id(2).to(tl.int64) * n
-    q0, rows, first = qkv + t * st + h * sh, h * T + t, tl.program_id(0) * BN
-    k, v = tile(q0 + s3, first, BN, st, n, D, DP), tile(q0 + 2 * s3, first, BN, st, n, D, DP)
-    dk, dv = tl.zeros([BN, DP], tl.float32), tl.zeros([BN, DP], tl.float32)
-    for j in range(0, n, BM):
-        q, do = tile(q0, j, BM, st, n, D, DP), tile(dout + t * sdt + h * sdh, j, BM, sdt, n, D, DP)
-        z, d = row(lse + rows, j, BM, n, float("inf")), row(delta + rows, j, BM, n, 0.0)
-        dk, dv = dkdv_tile(q, k, v, do, z, d, c, dk, dv)
+              D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+              TAIL: tl.constexpr):  # fmt: skip
+    """dK and dV of a tile of BN keys; the last tile of a sequence is TAIL wide where that is enough."""
+    h = tl.program_id(1)
+    t = first_token + tl.program_id(2).to(tl.int64) * n
+    q0 = qkv + t * st + h * sh
+    do0 = dout + t * sdt + h * sdh
+    z0 = lse + h * T + t
+    d0 = delta + h * T + t
     g0 = dqkv + t * (3 * H * D) + h * D
-    put(g0 + H * D, dk * scale, first, BN, 3 * H * D, n, D, DP)
-    put(g0 + 2 * H * D, dv, first, BN, 3 * H * D, n, D, DP)
+    first = tl.program_id(0) * BN
+    if TAIL == 0 or first + BN <= n:
+        dkdv_keys(q0, do0, z0, d0, g0, first, BN, n, H, c, st, s3, sdt, scale, D, DP, BM, TAIL)
+    else:
+        dkdv_keys(q0, do0, z0, d0, g0, first, TAIL, n, H, c, st, s3, sdt, scale, D, DP, BM, TAIL)
 
 
 # ---------------------------------------------------------------- 3. which kernel, which tile
 
 
+CHUNKS = (  # rows of the two or three pieces in which fwd_keep and dq_keep hold a sequence; none spills
+    (64, 16, 0),
+    (64, 32, 0),
+    (64, 64, 0),
+    (128, 16, 0),
+    (128, 64, 0),
+    (128, 64, 16),
+    (128, 64, 64),  # (128, 128, 0) would spill
+    (128, 128, 16),
+)
+
+
 def chunks(n):
-    """Two or three falling powers of two that hold 65..272 rows with the least waste; 261: (128, 128, 16)."""
-    sizes = (128, 64, 32, 16)
-    fits = [(a + b + c, c > 0, (a, b, c)) for a in sizes for b in sizes for c in (*sizes, 0) if a >= b >= c]
-    return min(x for x in fits if n <= x[0] <= 272)[2]
+    """The smallest of CHUNKS that holds n tokens, 65..272; all chunks but the last are full."""
+    return next(parts for parts in CHUNKS if n <= sum(parts))
 
 
 TILES = {  # (sm_90 or later, D > 64): (BM, BN, warps, stages) of fwd_loop, dq_loop and dkdv_loop; none spills
@@ -317,23 +371,45 @@ TILES = {  # (sm_90 or later, D > 64): (BM, BN, warps, stages) of fwd_loop, dq_l
 
 def plan(n, D, arch):
     """-> [forward, *backward] for n tokens on sm_`arch`: (kernel, blocks, its constants, warps, stages)."""
-    roomy, wide, kernels = arch >= 90, D > 64, []  # an sm_80 has no registers for the whole-sequence kernels
+    roomy = arch >= 90  # an sm_80 has no registers for the whole-sequence kernels
+    wide = D > 64
+    kernels = []
     for kernel, (BM, BN, warps, stages) in zip((fwd_loop, dq_loop, dkdv_loop), TILES[roomy, wide]):
-        size = BN if kernel is dkdv_loop else BM
-        kernels.append((kernel, -(-n // size), dict(BM=BM, BN=BN), warps, stages))
+        constants = dict(BM=BM, BN=BN)
+        size = BM
+        if kernel is dkdv_loop:  # the largest: 5 tokens of 261 = 4 x 64 + 5 are not worth a tile of 64
+            short = n > BN and 0 < n % max(BM, BN) <= 16
+            constants["TAIL"] = 16 if short and not wide else 0
+            size = BN
+        kernels.append((kernel, -(-n // size), constants, warps, stages))
     if n <= 64:
         kernels[0] = fwd_tile, None, dict(N=64, HEADS=4), 4, 2
-        kernels[1:] = [(bwd_tile, 1, dict(N=64), 4, 1)] if roomy else kernels[1:]
+        if roomy:
+            kernels[1:] = [(bwd_tile, 1, dict(N=64), 4, 1)]
     elif n <= 272 and roomy and not wide:
         keep = dict(zip(("C0", "C1", "C2"), chunks(n)), BM=64)
         kernels[:2] = (fwd_keep, 1, keep, 4, 1), (dq_keep, 1, keep, 4, 1)
     return kernels
 
 
+def check_offsets(tensors, groups):
+    """ValueError if an offset inside a sequence needs more than 32 bits; only its start is counted in 64."""
+    longest = max((n for count, n in groups if count), default=0)
+    for x in tensors:
+        steps = list(zip(x.shape, x.stride()))
+        if x.dim() > 2:  # (T, ...), of which a program sees one sequence; the others are (H, T)
+            steps[0] = longest, x.stride(0)
+        if any(size * stride >= 2**31 for size, stride in steps):
+            raise ValueError(f"{tuple(x.shape)} of strides {x.stride()} and sequences of up to {longest}: "
+                             "within a sequence, size x stride must stay below 2**31")  # fmt: skip
+
+
 def launch(wanted, tensors, qkv, groups, numbers):
     """Run the `wanted` kernels of the plan over every group. `numbers` are the last arguments but one."""
-    (T, _, H, D), first = qkv.shape, 0
+    check_offsets(tensors, groups)
+    T, _, H, D = qkv.shape
     major, minor = torch.cuda.get_device_capability(qkv.device) if qkv.is_cuda else (9, 0)
+    first = 0
     for count, n in groups:
         kernels = plan(n, D, 10 * major + minor)[wanted] if count * n else ()
         for kernel, blocks, constants, warps, stages in kernels:
@@ -411,6 +487,7 @@ for device in AUTOCAST:
 CHOICE = os.environ.get("NANODINO_KERNELS", "auto")  # auto, triton, pytorch; speed.kernels sets it
 
 
+@torch.compiler.assume_constant_result  # a question to the GPU would break the graph of a compiled block
 def backend(device, dtype, D):
     """-> (backend, why): the only place that chooses. A kernel that fails fails the run, never silently."""
     interpreted, hinder = os.environ.get("TRITON_INTERPRET") == "1", None

@@ -5,8 +5,10 @@
 
 What it refuses, since each of these has shipped somewhere: register spills; more shared or tensor memory
 than the chip has (Triton then emits an *empty* kernel, without an error); a kernel whose products do not run
-on the tensor cores; the transpose of a computed tile, which Triton before 3.7.1 can get wrong on Hopper; and
-wgmma instructions that ptxas had to serialize. Run it by itself: the interpreter must not be on.
+on the tensor cores; the transpose of a computed tile, which Triton before 3.7.1 can get wrong on Hopper;
+wgmma instructions that ptxas had to serialize; and a compilation for each length of a sequence. Every core of
+the machine compiles; the first time takes about a minute for each chip on two. Run it by itself: the
+interpreter must not be on.
 """
 
 import os
@@ -14,6 +16,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -27,19 +31,22 @@ from kernels import attention, prototypes
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163, 90: 227, 100: 227}  # KB of one SM that a program may have
-LENGTHS = {64: (54, 65, 96, 128, 192, 197, 201, 261, 1374), 32: (54, 261, 1374), 80: (54, 261),
-           96: (261,), 128: (54, 261)}  # fmt: skip
+WIDTHS = (32, 64, 80, 96, 128)  # of a head
+LONGEST = 2100  # tokens; beyond, `plan` has nothing new
+VARIABLE = ("n", "T", "first_token")  # what differs from batch to batch, and must not wait for the compiler
 
 
+@cache
 def shipped(arch):
-    """Every (kernel, constants, warps, stages) that `plan` names for these lengths, once."""
+    """Every (kernel, constants, warps, stages) that `plan` can name on sm_`arch`, once, by its name."""
     found = {}
-    for D, lengths in LENGTHS.items():
-        for n in lengths:
+    for D in WIDTHS:
+        for n in range(1, LONGEST + 1):
             for kernel, _, constants, warps, stages in attention.plan(n, D, arch):
                 constants = dict(constants, D=D, DP=triton.next_power_of_2(D))
                 found[kernel.__name__, *constants.values(), warps, stages] = kernel, constants, warps, stages
-    along, across = dict(BLOCK=prototypes.BLOCK), dict(BN=prototypes.BN, BK=prototypes.BK)
+    along = dict(BLOCK=prototypes.BLOCK)
+    across = dict(BN=prototypes.BN, BK=prototypes.BK)
     for kernel in (prototypes.ce_forward, prototypes.ce_backward, prototypes.rows):
         found[kernel.__name__, prototypes.BLOCK, prototypes.WARPS] = kernel, along, prototypes.WARPS, 3
     for largest in (False, True):
@@ -48,19 +55,41 @@ def shipped(arch):
 
 
 def signature(kernel, constants, dtype):
-    """Types of the arguments, and those that are multiples of 16, pointers and strides, as at run time."""
+    """Types of the arguments, and which of them are multiples of 16, as at run time.
+
+    Pointers are, and in our models the strides and K. Of a number with do_not_specialize Triton does not ask.
+    """
     half = ("qkv", "out", "dout", "dqkv", "x", "student", "teacher", "logits")
     single = ("lse", "delta", "potential", "loss", "lse_s", "lse_t", "gradient", "u", "v")
     types = {name: "*" + dtype for name in half} | {name: "*fp32" for name in single}
-    types |= {name: "fp32" for name in ("c", "cs", "ct", "scale", "temp")} | {
-        name: "constexpr" for name in constants
-    }
+    types |= {name: "fp32" for name in ("c", "cs", "ct", "scale", "temp")}
+    types |= {name: "constexpr" for name in constants}
     if "logits" in kernel.arg_names:
         types["out"] = "*fp32"
     types = {name: types.get(name, "i32") for name in kernel.arg_names}
-    strides = ("st", "s3", "sh", "sdt", "sdh", "stride", "stride_s", "stride_t", "K")
-    even = [i for i, (name, kind) in enumerate(types.items()) if kind[0] == "*" or name in strides]
+    even = []
+    for i, parameter in enumerate(kernel.params):
+        kind = types[parameter.name]
+        if kind[0] == "*" or (kind == "i32" and not parameter.do_not_specialize):
+            even.append(i)
     return types, {(i,): [["tt.divisibility", 16]] for i in even}
+
+
+def transposes_a_product(ttir):
+    """Whether some transposed tile is more than what was loaded: a product, or carried around a loop."""
+    loaded = {}  # by the name of a value, whether it is made of loads and constants only
+    for line in ttir.splitlines():
+        results, equals, operation = line.partition(" = ")
+        if not equals:
+            continue
+        inputs = re.findall(r"%\w+", operation)
+        product = re.search(r"tt\.dot|scf\.", operation)
+        plain = "tt.load" in operation or (not product and all(loaded.get(x, False) for x in inputs))
+        for name in re.findall(r"%\w+", results):
+            loaded[name] = plain
+        if "tt.trans" in operation and not plain:
+            return True
+    return False
 
 
 def inspect(kernel, constants, warps, stages, arch, dtype="bf16"):
@@ -70,20 +99,24 @@ def inspect(kernel, constants, warps, stages, arch, dtype="bf16"):
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32),
                               options=dict(num_warps=warps, num_stages=stages))  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+        ptx = Path(folder, "k.ptx")
+        cubin = Path(folder, "k.cubin")
         ptx.write_text(compiled.asm["ptx"])
         tool = BIN / ("ptxas-blackwell" if arch >= 100 and (BIN / "ptxas-blackwell").exists() else "ptxas")
         target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
-        log = subprocess.run(
-            [tool, "-v", f"--gpu-name={target}", ptx, "-o", cubin], capture_output=True, text=True
-        )
+        command = [tool, "-v", f"--gpu-name={target}", ptx, "-o", cubin]
+        log = subprocess.run(command, capture_output=True, text=True)
         cubin.write_bytes(compiled.asm["cubin"])
         sass = subprocess.run([BIN / "nvdisasm", "-c", cubin], capture_output=True, text=True).stdout
     registers = int(re.search(r"Used (\d+) registers", log.stderr)[1])
     lines = len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", sass, re.M))
-    shared, tensor = compiled.metadata.shared / 1024, getattr(compiled.metadata, "tmem_size", 0) or 0
+    shared = compiled.metadata.shared / 1024
+    tensor = getattr(compiled.metadata, "tmem_size", 0) or 0
     multiplies = "tt.dot" in compiled.asm["ttir"]
     wrong = []
+    for parameter in kernel.params:
+        if parameter.name in VARIABLE and not parameter.do_not_specialize:
+            wrong.append(f"compiled anew for another {parameter.name}")
     if spilled := len(re.findall(r"\b(?:STL|LDL)\b", sass)):
         wrong.append(f"{spilled} register spills")
     if shared > SHARED[arch]:
@@ -96,7 +129,7 @@ def inspect(kernel, constants, warps, stages, arch, dtype="bf16"):
         wrong.append("no tensor-core instruction")
     if multiplies and arch == 90 and "wgmma" not in compiled.asm["ptx"]:
         wrong.append("no wgmma")
-    if arch == 90 and re.search(r"tt\.trans .*#mma", compiled.asm["ttgir"]):
+    if arch == 90 and transposes_a_product(compiled.asm["ttir"]):
         wrong.append("the transpose of a computed tile")
     wrong += re.findall(r"\(C75\d\d\)[^\n]*", log.stderr)
     return wrong, f"{registers:4d} registers  {shared:4.0f} KB shared  {lines:5d} instructions"
@@ -125,17 +158,28 @@ def planted():
             ("untensored",): (untensored, dict(N=64), 4, 2)}  # fmt: skip
 
 
+def judge(job):
+    """One kernel, in a process of its own -> (its line, what is wrong)."""
+    arch, name = job
+    configuration = (planted() if arch == "planted" else shipped(arch))[name]
+    target = 90 if arch == "planted" else arch
+    wrong, facts = inspect(*configuration, target)
+    return f"sm_{target} {' '.join(map(str, name)):38s} {facts}  {'; '.join(wrong) or 'ok'}", wrong
+
+
 def main():
-    self_test = sys.argv[1:] == ["planted"]
-    arches, failed = [90] if self_test else [int(x) for x in sys.argv[1:]] or [80, 90], 0
-    assert os.environ.get("TRITON_INTERPRET") != "1", (
-        "the interpreter compiles nothing: unset TRITON_INTERPRET"
-    )
-    for arch in arches:
-        for name, configuration in (planted() if self_test else shipped(arch)).items():
-            wrong, facts = inspect(*configuration, arch)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("the interpreter compiles nothing: unset TRITON_INTERPRET")
+    if sys.argv[1:] == ["planted"]:
+        jobs = [("planted", name) for name in planted()]
+    else:
+        arches = [int(x) for x in sys.argv[1:]] or [80, 90]
+        jobs = [(arch, name) for arch in arches for name in shipped(arch)]
+    failed = 0
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for line, wrong in pool.map(judge, jobs):
             failed += bool(wrong)
-            print(f"sm_{arch} {' '.join(map(str, name)):38s} {facts}  {'; '.join(wrong) or 'ok'}", flush=True)
+            print(line, flush=True)
     print(f"{failed} failed")
     return int(failed > 0)
 
