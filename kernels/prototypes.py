@@ -18,6 +18,7 @@ What is unusual here: centering and Sinkhorn-Knopp are the same kernel, with dif
 losses.py is the specification and the path of the CPU; `fused` chooses. No atomics: the same bits every time.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -92,7 +93,8 @@ def ce_backward(student, teacher, potential, gradient, lse_s, lse_t, K, stride_s
     tl.store(student + i * stride_s + k, g.to(student.dtype.element_ty), mask=k < K)
 
 
-@jit
+# n changes with the masks: specialized, the kernel would be compiled anew for 1 and for multiples of 16.
+@partial(jit, do_not_specialize=["n"])
 def columns(logits, u, v, out, n, K, stride, c, LARGEST: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """BK prototypes, all rows: sum_i 2^(t_ik + u_k + v_i), or with LARGEST max_i t_ik. Sums in fp32."""
     k = tl.program_id(0) * BK + tl.arange(0, BK)
@@ -162,10 +164,22 @@ def soft_cross_entropy(student, targets, temp=0.1):
     The loss is fp32. The backward pass may run once: it overwrites `student`, whose rows must be contiguous.
     """
     logits, potential, tau = targets
-    if student.stride(1) != 1 or logits.stride(1) != 1 or student.shape != logits.shape:
-        shapes = f"student {tuple(student.shape)}, teacher {tuple(logits.shape)}"
-        raise ValueError(f"{shapes}: not of one shape, with contiguous rows")
+    shape = tuple(student.shape)
+    if shape != logits.shape or shape[1:] != potential.shape:
+        shapes = f"student {shape}, teacher {tuple(logits.shape)}, potential {tuple(potential.shape)}"
+        raise ValueError(f"{shapes}: not (n, K), (n, K) and (K,)")
+    demand_rows(student, "student")
+    demand_rows(logits, "teacher")
+    if len(student) > 1 and student.stride(0) < shape[1]:
+        raise ValueError("rows of the student's logits overlap, and each is to hold its gradient")
     return SoftCrossEntropy.apply(student, logits, potential, tau, temp)
+
+
+def demand_rows(logits, whose):
+    """ValueError unless the numbers of a row lie side by side, which is where the kernels look for them."""
+    if logits.ndim != 2 or logits.stride(1) != 1:
+        layout = f"{tuple(logits.shape)} with strides {logits.stride()}"
+        raise ValueError(f"logits of the {whose}, {layout}: not (n, K) with contiguous rows")
 
 
 @torch.no_grad()
@@ -174,8 +188,12 @@ def sinkhorn_targets(logits, tau, iterations=3):
 
     Reads the logits 2 * iterations times, and all-reduces one maximum and `iterations` sums of K numbers.
     """
-    (n, K), c = logits.shape, LOG2E / tau
-    u, v, out = (torch.zeros(size, device=logits.device) for size in (K, max(n, 1), K))
+    demand_rows(logits, "teacher")
+    n, K = logits.shape
+    c = LOG2E / tau
+    u = torch.zeros(K, device=logits.device)
+    v = torch.zeros(n, device=logits.device)
+    out = torch.empty(K, device=logits.device)
 
     def over_rows(largest):
         out.fill_(float("-inf") if largest else 0.0)  # what a rank without rows contributes

@@ -494,7 +494,7 @@ def test_the_choice(monkeypatch):
 
 
 def test_the_choice_is_no_part_of_a_compiled_graph(monkeypatch):
-    """On a GPU it asks for the capability, which a graph may not; here, for the environment, that it may not."""
+    """On a GPU it asks for the capability, which a graph may not; here it is the environment that it asks."""
     asked = []
 
     class Environment:
@@ -545,7 +545,7 @@ def test_the_gate_refuses_bad_kernels():
 
 
 @pytest.mark.slow
-def test_the_bench_runs_dry(tmp_path):
+def test_the_bench_runs_dry(tmp_path, interpreter):
     environment = dict(os.environ, TRITON_INTERPRET="1")
     out = tmp_path / "dry.jsonl"
     command = [sys.executable, str(ROOT / "kernels" / "bench.py"), "--out", str(out)]

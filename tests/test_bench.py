@@ -82,7 +82,7 @@ def test_drop_path_by_mask_keeps_the_expectation():
     assert all(len(image.unique()) == 1 for image in y[:18].view(6, 15))  # an image is dropped as a whole
 
 
-def test_without_kernels(monkeypatch):
+def test_without_kernels(monkeypatch, interpreter):
     """Triton's interpreter beside PyTorch; without the fused losses attention stays with Triton."""
     monkeypatch.setattr(attention, "CHOICE", "triton")
     settings = "student.drop_path_rate=0", "crops.local_crops_number=0", "train.batch_size_per_gpu=1"

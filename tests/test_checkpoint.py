@@ -144,7 +144,7 @@ class Bomb:
 def test_hostile_metadata_runs_no_code(tmp_path):
     path, trace = save(tmp_path, 1, state(1)), tmp_path / "trace"
     (path / ".metadata").write_bytes(pickle.dumps(Bomb(trace)))
-    with pytest.raises(UserError, match="system"):
+    with pytest.raises(UserError, match="system|metadata is None"):  # PyTorch 2.11 keeps the reason to itself
         checkpoint.restore(path, state(0))
     assert not trace.exists()
 

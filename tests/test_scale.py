@@ -102,8 +102,10 @@ sys.exit()  # instead of the run that would follow
 
 
 @pytest.mark.parametrize("ranks,checkpointing,kernels", [(1, "off", "triton"), (2, "selective", "pytorch")])
-def test_compiled_blocks_are_two_graphs(nursery, ranks, checkpointing, kernels):
+def test_compiled_blocks_are_two_graphs(nursery, ranks, checkpointing, kernels, request):
     """One of the teacher and one of the student, whatever the depth, the step and the sharding; no breaks."""
+    if kernels == "triton":
+        request.getfixturevalue("interpreter")
     size = ["crops.global_crops_size=16", "crops.local_crops_size=8", "train.batch_size_per_gpu=4"]
     settings = ["student.drop_path_rate=0.3", f"speed.checkpointing={checkpointing}"]
     settings += [f"speed.kernels={kernels}", "speed.compile=on"]
@@ -272,7 +274,7 @@ def test_compiled_blocks_agree(tmp_path):
 
 
 @pytest.mark.slow
-def test_kernels_under_fsdp(tmp_path, monkeypatch):
+def test_kernels_under_fsdp(tmp_path, monkeypatch, interpreter):
     """The Triton operators, interpreted, in sharded and selectively checkpointed blocks."""
     size = ["crops.global_crops_size=16", "crops.local_crops_size=8", "crops.local_crops_number=2"]
     plain = run(fresh, 1, tmp_path / "plain", "optim.epochs=0.2", *size)

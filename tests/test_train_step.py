@@ -1,15 +1,18 @@
 """One whole step through train.train_step against the authors' (tests/golden); what a step must not do."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_model import close
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import config
 import train
+from kernels import attention
 from model import SIZES
 from optim import schedule
 
@@ -168,6 +171,52 @@ def test_the_host_runs_ahead_of_the_device(mode):
         metrics = train.train_step(t, [batch], schedule(cfg, 1), cfg)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoQuestions():
         metrics["loss"].item()
+
+
+def on_a_pretended_gpu(patch):
+    """Answers that a GPU would give, for tensors that have a shape, a type and a device, but no numbers."""
+    patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    patch.setattr(train.prototypes, "fused", lambda logits: False)  # Triton would ask where the numbers are
+    patch.setattr(train, "init_weights", lambda *_: None)
+    patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+    def shard(model, device, dtype):
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                made = torch.empty(p.shape, device=device)
+                module._parameters[name] = torch.nn.Parameter(made, requires_grad=p.requires_grad)
+        return model
+
+    patch.setattr(train.dist, "shard", shard)
+
+
+@pytest.mark.skipif(not torch.version.cuda, reason="this PyTorch knows no GPUs")
+@pytest.mark.parametrize("choice, compiled", [("auto", "auto"), ("pytorch", "off")])
+@pytest.mark.parametrize("mode", ["centering", "sinkhorn_knopp"])
+def test_a_step_on_a_pretended_gpu(mode, choice, compiled, monkeypatch):
+    """Every tensor is on the GPU, tokens are bf16, and no number is asked for; all but the backward pass."""
+    on_a_pretended_gpu(monkeypatch)
+    monkeypatch.setattr(attention, "CHOICE", choice)
+    cfg = small(f"train.centering={mode}", "student.drop_path_rate=0.2", f"speed.compile={compiled}")
+    host = random_batch(cfg)
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True) as pretend:
+        batch = {k: pretend.from_tensor(v).cuda() if torch.is_tensor(v) else v for k, v in host.items()}
+        t = train.Trainee(cfg, "cuda")
+
+        def backward(loss):
+            assert loss.is_cuda
+            for p in t.student.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        seen = []
+        t.student.backbone.norm.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        metrics = train.train_step(t, [batch], schedule(cfg, 1), cfg, look=True)
+    assert t.dtype == torch.bfloat16 and [x.dtype for x in seen] == [torch.bfloat16]
+    assert all(x.is_cuda and x.dtype == torch.float32 for x in metrics.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
