@@ -97,7 +97,7 @@ class Deadline:
 
     SETTLE = 4  # steps that compile, and find full queues: their pace is not the run's
     FIRST = 16  # steps until the first look
-    MARGIN = 0.98  # share of the time that is planned
+    MARGIN = 0.97  # share of the time that is planned
 
     def __init__(self, cfg, minutes, start):
         self.cfg = cfg
@@ -110,7 +110,10 @@ class Deadline:
 
     def passed(self, step):
         """Whether the time is over (never before the first step)."""
-        return self.seconds > 0 and step > self.start and time.monotonic() - self.began > self.seconds
+        over = self.seconds > 0 and step > self.start and time.monotonic() - self.began > self.seconds
+        if over and rank() == 0:
+            tqdm.write(f"the time is up: cut off at step {step} of {total_steps(self.cfg)}", file=sys.stderr)
+        return over
 
     def refit(self, step, device):
         """After each step -> True if the schedules in cfg have changed: they then end within the time."""

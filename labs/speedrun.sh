@@ -84,7 +84,7 @@ race=laptop model=laptop fixed=(evaluation.train_path=scenes:3000:seed=11
     evaluation.test_path=scenes:1000:seed=12 speed.device=cpu speed.threads=2)
 if [ "${1:-}" = gpu ]; then
     need "$there" "where is CIFAR-10? labs/speedrun.sh gpu DATA, with DATA/train and DATA/test"
-    race=gpu model=cifar10_gpu fixed=(--max-minutes 10 "train.dataset_path=folder:$there/train" "evaluation.train_path=folder:$there/train"
+    race=gpu model=cifar10_gpu fixed=(--max-minutes 9.9 "train.dataset_path=folder:$there/train" "evaluation.train_path=folder:$there/train"
         "evaluation.test_path=folder:$there/test" speed.device=cuda)
     shift 2
 fi

@@ -131,9 +131,10 @@ def test_results_pictures_and_baselines(tmp_path, capsys):
     assert "raw pixels" in tail[0] and tail[1].startswith("k-NN top-1") and tail[3].startswith("10 steps in")
 
 
-def test_max_minutes_cuts_off_what_cannot_fit(tmp_path):
+def test_max_minutes_cuts_off_what_cannot_fit(tmp_path, capsys):
     go(tmp_path / "run", "--max-minutes", 1e-9)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 1
+    assert "the time is up: cut off at step 1 of 10" in capsys.readouterr().err
     assert (tmp_path / "run" / "checkpoints" / "step_00000001").is_dir()
 
 
