@@ -62,13 +62,18 @@ class Profile:
             if self.trace:
                 self.trace.stop()
 
-    def table(self, ended):
-        """-> the lines of the table, mean milliseconds and shares of a step."""
+    def means(self, ended):
+        """-> mean milliseconds of each part of the TIMED steps, and of a whole step."""
         if self.cuda:
             torch.cuda.synchronize()
         whole = self.milliseconds(self.parts["began"], ended) / TIMED
         rows = {name: sum(self.milliseconds(*pair) for pair in pairs) / TIMED
                 for name, pairs in self.parts["times"].items()}  # fmt: skip
+        return rows, whole
+
+    def table(self, ended):
+        """-> the lines of the table, mean milliseconds and shares of a step."""
+        rows, whole = self.means(ended)
         rows["the rest"] = whole - sum(rows.values())
         lines = [f"{name:16s}{ms:12.1f} ms{ms / whole:8.1%}" for name, ms in rows.items()]
         return "\n".join(["where a step goes", *lines, f"{'a step':16s}{whole:12.1f} ms"])

@@ -27,7 +27,6 @@ import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import shutil  # noqa: E402
-import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tarfile  # noqa: E402
@@ -56,7 +55,7 @@ from config import UserError  # noqa: E402
 from kernels import bench as kernel_bench  # noqa: E402
 from kernels.bench import DRY, about, forked, writer  # noqa: E402
 from optim import schedule  # noqa: E402
-from stopwatch import Profile  # noqa: E402
+from stopwatch import TIMED, WARM, Profile  # noqa: E402
 
 MODEL = "debug" if DRY else "vitl16_short"
 SETTINGS = ["train.batch_size_per_gpu=2", "train.num_workers=0"] if DRY else []
@@ -192,17 +191,12 @@ def profile(folder, report):
     t = train.Trainee(cfg, device)
     batch = [next(bench.noise(cfg, device))]
     stopwatch = Profile(train.PARTS, folder, device)
-    for number in range(3 + 3):
-        if number == 3:  # warm
+    for number in range(WARM + TIMED):
+        if number == WARM:
             train.PARTS.update(moment=stopwatch.moment, times={}, began=stopwatch.moment())
         train.train_step(t, batch, schedule(cfg, t.step), cfg)
         t.step += 1
-    ended = stopwatch.moment()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    whole = stopwatch.milliseconds(train.PARTS["began"], ended) / 3
-    parts = {name: statistics.mean(stopwatch.milliseconds(*pair) for pair in pairs)
-             for name, pairs in train.PARTS["times"].items()}  # fmt: skip
+    parts, whole = stopwatch.means(stopwatch.moment())
     train.PARTS.clear()
     with torch.profiler.profile() as seen:
         train.train_step(t, batch, schedule(cfg, t.step), cfg)

@@ -180,7 +180,7 @@ def main():
         for line, wrong in pool.map(judge, jobs):
             failed += bool(wrong)
             print(line, flush=True)
-    print(f"{failed} failed")
+    print(f"{len(jobs)} compiled, {failed} failed")
     return int(failed > 0)
 
 
