@@ -237,7 +237,7 @@ def arguments(argv):
     add("--output-dir", default="", help="the run folder (default: runs/NAME, or NAME-2, ...)")
     add("--init-from", default="", help="a run or released weights to start from (train.init_from)")
     add("--resume", action="store_true", help="continue the run in the folder, if there is one")
-    add("--max-minutes", type=float, default=0, help="shorten the schedules so that they end in time")
+    add("--max-minutes", type=float, default=0, help="of this process: its schedules are fitted into them")
     add("--profile", action="store_true", help="where the time of a step goes: a table and a trace")
     add("overrides", nargs="*", metavar="key=value", help="e.g. optim.base_lr=1e-3 train.seed=1")
     args = parser.parse_intermixed_args(argv)

@@ -287,7 +287,7 @@ def dq_loop(qkv, out, lse, delta, dout, dqkv, n, H, T, c, st, s3, sh, sdt, sdh, 
 def lse_and_delta(lse, delta, first, rows: tl.constexpr, n):
     """Both numbers of queries first .. first + rows, zero beyond n, by one load.
 
-    128 threads would fetch 64 numbers more than once, with an older Triton many times; 2 x 64 they fetch once.
+    128 threads would fetch 64 numbers more than once, an older Triton many times; 2 x 64 they fetch once.
     """
     r = first + tl.arange(0, rows)[:, None]
     base = tl.where(tl.arange(0, 2) == 0, lse, delta)[None, :]
