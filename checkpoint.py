@@ -30,13 +30,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from config import UserError
-from distributed import PATIENCE, from_first, local, rank, whole, world_size
+from distributed import DIST_TIMEOUT, broadcast_object, rank, to_full, to_local, world_size
 from model import VisionTransformer
-from runfolder import in_one_act, replace
+from runfolder import atomic_open, atomic_write_text
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")  # a single process: we know
 DTYPES = {str(v).split(".")[1] for v in vars(torch).values() if isinstance(v, torch.dtype)}
-ALLOWED = {  # all that DCP's metadata is made of; a pickle that names anything else is refused
+ALLOWED_CLASSES = {  # all that DCP's metadata is made of; a pickle that names anything else is refused
     "torch.distributed.checkpoint.metadata": {
         "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
         "BytesStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"},
@@ -46,7 +46,7 @@ ALLOWED = {  # all that DCP's metadata is made of; a pickle that names anything 
 }  # fmt: skip
 
 
-class Writer:
+class CheckpointWriter:
     """Saves while the training goes on: `start` copies the state, `wait` ends when it is on the disk.
 
     One save at a time. What its ranks say to each other has a channel of its own, beside the loop's.
@@ -54,7 +54,7 @@ class Writer:
 
     def __init__(self):
         alone = not dist.is_initialized()
-        self.group = None if alone else dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.group = None if alone else dist.new_group(backend="gloo", timeout=DIST_TIMEOUT)
         self.thread, self.saving, self.target, self.step = ThreadPoolExecutor(1), None, None, None
 
     def start(self, folder, step, state, meta=None, keep_last=3, keep_every=0, teacher=None):
@@ -66,18 +66,18 @@ class Writer:
         self.wait()
         folder, self.step = Path(folder), step
         self.target, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
-        if reason := from_first(attempt(prepare, temporary)):
+        if reason := broadcast_object(try_call(prepare_folder, temporary)):
             raise UserError(self.failure(reason))
         how = dict(process_group=self.group, no_dist=self.group is None)
         copied = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True), **how)
-        end = partial(finish, temporary, self.target, {"step": step, **(meta or {})}, keep_last, keep_every)
+        end = partial(commit_checkpoint, temporary, self.target, {"step": step, **(meta or {})}, keep_last, keep_every)
         self.saving = self.thread.submit(self.complete, copied.result, end, temporary, teacher)
 
     def complete(self, tensors_written, end, temporary, teacher):
         """In the background -> None or the reason. DCP tells every rank of a failure on any."""
-        reason = attempt(tensors_written)
+        reason = try_call(tensors_written)
         if rank() == 0:
-            reason = reason or (attempt(write_teacher, *teacher) if teacher else None) or attempt(end)
+            reason = reason or (try_call(save_teacher, *teacher) if teacher else None) or try_call(end)
             shutil.rmtree(temporary, ignore_errors=True)  # renamed by now, unless something failed
         return reason
 
@@ -87,7 +87,7 @@ class Writer:
 
     def wait(self):
         """-> the path of the last checkpoint, when it is on the disk. Raises UserError, on all ranks."""
-        reason, self.saving = from_first(self.saving and self.saving.result()), None
+        reason, self.saving = broadcast_object(self.saving and self.saving.result()), None
         if reason:
             raise UserError(self.failure(reason))
         return self.target
@@ -97,7 +97,7 @@ class Writer:
                 f"make room or choose another train.output_dir")  # fmt: skip
 
 
-def attempt(function, *args):
+def try_call(function, *args):
     """Call it -> None, or why it failed. A full disk is a RuntimeError in torch, an OSError elsewhere."""
     try:
         function(*args)
@@ -106,34 +106,34 @@ def attempt(function, *args):
         return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 
-def prepare(temporary):
+def prepare_folder(temporary):
     if rank() == 0:
         for rest in (*temporary.parent.glob(".step_*.partial"), *temporary.parent.glob(".step_*.old")):
             shutil.rmtree(rest, ignore_errors=True)  # left by saves that were killed
         temporary.mkdir(parents=True)
 
 
-def finish(temporary, target, meta, keep_last, keep_every):
+def commit_checkpoint(temporary, target, meta, keep_last, keep_every):
     """Rank 0: the readable part, the manifest, the rename that makes all of it count; the oldest go."""
-    replace(temporary / "meta.json", json.dumps(meta, indent=1))
+    atomic_write_text(temporary / "meta.json", json.dumps(meta, indent=1))
     files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
-    replace(temporary / "manifest.json", json.dumps({"files": files}, indent=1))
+    atomic_write_text(temporary / "manifest.json", json.dumps({"files": files}, indent=1))
     fsync_folder(temporary)
-    parts = {info.relative_path for info in Reader(temporary).read_metadata().storage_data.values()}
+    parts = {info.relative_path for info in SafeReader(temporary).read_metadata().storage_data.values()}
     if missing := parts - set(os.listdir(temporary)):
         raise OSError(f"{min(missing)} is not there: all ranks must see the same folder")
-    old = out_of_the_way(target) if target.exists() else None  # the same step again, after a resume
+    old = move_aside(target) if target.exists() else None  # the same step again, after a resume
     os.replace(temporary, target)
     fsync_folder(target.parent)
     if old:
         shutil.rmtree(old, ignore_errors=True)
-    mine = [path for path in steps(target.parent) if path.name <= target.name]  # later ones are damaged
+    mine = [path for path in step_folders(target.parent) if path.name <= target.name]  # later ones are damaged
     for path in mine[keep_last:]:
         if not keep_every or int(path.name[5:]) % keep_every:
-            shutil.rmtree(out_of_the_way(path), ignore_errors=True)
+            shutil.rmtree(move_aside(path), ignore_errors=True)
 
 
-def out_of_the_way(path):
+def move_aside(path):
     """Rename a checkpoint that shall go: a kill amid its deletion leaves no half folder called step_*."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -155,24 +155,24 @@ def fsync_folder(path):
         os.close(descriptor)
 
 
-def steps(folder):
+def step_folders(folder):
     """All step_* folders, newest first."""
     return sorted((p for p in Path(folder).glob("step_*") if p.name[5:].isdigit()), reverse=True)
 
 
-def newest(folder):
+def newest_intact(folder):
     """-> the newest intact checkpoint, or None; says why it passes over a newer one. Reads all its bytes."""
     intact = None  # rank 0 decides, all ranks get the answer
     if rank() == 0:
-        for path in [*sorted(Path(folder).glob(".step_*.partial"))[-1:], *steps(folder)]:
-            if not (reason := damage(path)):
+        for path in [*sorted(Path(folder).glob(".step_*.partial"))[-1:], *step_folders(folder)]:
+            if not (reason := find_damage(path)):
                 intact = path
                 break
             print(f"warning: passed over the checkpoint {path}: {reason}", file=sys.stderr)
-    return from_first(intact)
+    return broadcast_object(intact)
 
 
-def damage(path):
+def find_damage(path):
     """What is wrong with a checkpoint, in a few words; None if every file is as it was written."""
     if path.suffix == ".partial":
         return "its save was interrupted"
@@ -193,14 +193,14 @@ def damage(path):
         return f"manifest.json is unreadable ({type(e).__name__})"
 
 
-def restore(path, state):
+def load_checkpoint(path, state):
     """Fill `state` (structured as it was saved) in place -> the content of meta.json.
 
     A part of the top level, such as {"teacher": ...}, may be restored alone. Raises UserError with the first
     entries whose names or shapes differ, before anything is overwritten.
     """
     try:
-        dcp.load(state, storage_reader=Reader(path), planner=Planner())
+        dcp.load(state, storage_reader=SafeReader(path), planner=CheckedPlanner())
         return json.loads((Path(path) / "meta.json").read_text(encoding="utf-8"))
     except (CheckpointException, OSError, ValueError) as e:
         e = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
@@ -208,24 +208,24 @@ def restore(path, state):
         raise UserError(f"the checkpoint {path} {reason}") from None
 
 
-class Unpickler(pickle.Unpickler):
+class RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        if name in ALLOWED.get(module, ()):
+        if name in ALLOWED_CLASSES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"its metadata names {module}.{name}, which no checkpoint needs")
 
 
-class Reader(dcp.FileSystemReader):
+class SafeReader(dcp.FileSystemReader):
     """DCP's reader, without its pickle.load."""
 
     def read_metadata(self, *args, **kwargs):
         with open(Path(self.path) / ".metadata", "rb") as f:
-            metadata = Unpickler(f).load()
+            metadata = RestrictedUnpickler(f).load()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
-class Planner(dcp.DefaultLoadPlanner):
+class CheckedPlanner(dcp.DefaultLoadPlanner):
     """DCP's plan of what to load: names and shapes are compared first, values load with weights_only."""
 
     def set_up_planner(self, state_dict, metadata=None, is_coordinator=False):
@@ -249,9 +249,9 @@ class Planner(dcp.DefaultLoadPlanner):
         place[last] = torch.load(value, weights_only=True)
 
 
-def write_teacher(path, tensors, arch):
+def save_teacher(path, tensors, arch):
     """{"teacher": {official name: whole tensor}, "arch": {...}} in one file that weights_only=True reads."""
-    with in_one_act(path) as f:
+    with atomic_open(path) as f:
         torch.save({"teacher": tensors, "arch": arch}, f)
     fsync_folder(path.parent)
 
@@ -269,12 +269,12 @@ def checkpoint_state(t):
 
 def resume(t, folder):
     """Continue from the newest intact checkpoint, if there is one -> its meta.json, or {}."""
-    path = newest(folder)
+    path = newest_intact(folder)
     if path is None:
         return {}
     state = checkpoint_state(t)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in t.optimizer.param_groups]
-    meta = restore(path, state)
+    meta = load_checkpoint(path, state)
     set_optimizer_state_dict(t.student, t.optimizer, state["optimizer"])
     for group, own in zip(t.optimizer.param_groups, settings):
         group.update(own)  # moments from the file, settings from the config
@@ -283,25 +283,25 @@ def resume(t, folder):
     return meta
 
 
-def save(writer, t, folder, cfg, watch):
+def save_checkpoint(writer, state, folder, cfg, logger):
     """Begin to write a checkpoint to resume from, and the teacher as a plain file to use."""
-    meta = dict(seconds=watch.seconds, images=watch.images, bad=watch.bad)
+    meta = dict(seconds=logger.seconds, images=logger.images, bad=logger.num_bad_images)
     keep = cfg.train.keep_last, cfg.train.keep_every
-    teacher = folder / "teacher.pth", in_one_piece(t.ema), t.ema.backbone.arch
-    writer.start(folder / "checkpoints", t.step, checkpoint_state(t), meta, *keep, teacher=teacher)
+    teacher = folder / "teacher.pth", full_state_dict(state.ema), state.ema.backbone.arch
+    writer.start(folder / "checkpoints", state.step, checkpoint_state(state), meta, *keep, teacher=teacher)
 
 
-def in_one_piece(module):
+def full_state_dict(module):
     """A copy of a (sharded) module's state dict on the CPU of rank 0, nothing on the other ranks."""
-    pieces = ((k, whole(v)) for k, v in module.state_dict().items())  # one at a time
+    pieces = ((k, to_full(v)) for k, v in module.state_dict().items())  # one at a time
     return {k: v.to("cpu", copy=True) for k, v in pieces if rank() == 0}
 
 
-def plain_teacher(t):
+def gather_teacher(t):
     """The teacher's backbone in one piece on rank 0, None on the other ranks; alone, itself."""
     if world_size() == 1:
         return t.ema.backbone
-    tensors, device = in_one_piece(t.ema.backbone), local(t.ema.backbone.norm.weight).device
+    tensors, device = full_state_dict(t.ema.backbone), to_local(t.ema.backbone.norm.weight).device
     if rank() > 0:
         return None
     with torch.device("meta"):  # no numbers are drawn, only to be overwritten

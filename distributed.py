@@ -21,10 +21,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from config import UserError
 
-PATIENCE = timedelta(hours=2)  # the others wait while rank 0 evaluates, or writes a large checkpoint
+DIST_TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 evaluates, or writes a large checkpoint
 
 
-def init(wish="auto"):
+def setup(wish="auto"):
     """Join the process group, if torchrun made one. `wish`: auto, cpu or cuda -> this process's
     torch.device."""
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -41,7 +41,7 @@ def init(wish="auto"):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=DIST_TIMEOUT)
     return device
 
 
@@ -79,36 +79,48 @@ def shard(model, device, dtype=torch.float32):
     return model.to_empty(device=device)
 
 
-def lighten(blocks, device, compile="auto", checkpointing="off"):
-    """Compile, and trade time for memory, block by block; call it before `shard`. Results stay the same.
+def compile_blocks(blocks, device, compile="auto"):
+    """torch.compile, block by block; `compile`: on, off, or auto: on a GPU. Call it before `shard`.
 
-    compile: on, off, or auto: on a GPU. All blocks share two graphs, one of the teacher and one of the
-    student. Only `forward` is compiled: what FSDP hangs around a block stays outside, so no graph breaks.
-    checkpointing: "full" keeps only a block's input and computes the rest again in the backward pass (a third
-    more work); "selective" also keeps what is dear to compute again, attention and the matrix products.
+    All blocks share two graphs, one of the teacher and one of the student. Only `forward` is compiled: FSDP's
+    hooks around a block stay outside, so no graph breaks.
     """
-    compiled = compile == "on" or compile == "auto" and torch.device(device).type == "cuda"
+    if compile == "off" or (compile == "auto" and device.type != "cuda"):
+        return
+    # Each drop path rate has a graph of its own: the default limit of 8 is soon met.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+
+
+def apply_activation_checkpointing(blocks, mode="off"):
+    """Trade time for memory, block by block; call it before `compile_blocks` and `shard`.
+
+    mode: "full" keeps only a block's input and computes the rest again in the backward pass (a third more
+    work); "selective" also keeps what is expensive to compute again, attention and the matrix products.
+    """
+    if mode == "off":
+        return
     aten = torch.ops.aten
-    keep = {op.default for op in (aten.mm, aten.addmm, torch.ops.nanodino.attention_forward)}
-    keep |= {aten._scaled_dot_product_flash_attention.default}
-    keep |= {aten._scaled_dot_product_flash_attention_for_cpu.default}
+    saved_ops = {
+        aten.mm.default,
+        aten.addmm.default,
+        torch.ops.nanodino.attention_forward.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
 
     def policy(context, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in saved_ops else CheckpointPolicy.PREFER_RECOMPUTE
 
-    how = dict(use_reentrant=False)
-    if checkpointing == "selective":
-        how["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    if compiled:  # each drop path rate has a graph of its own: the default limit of 8 is soon met
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+    options = dict(use_reentrant=False)
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     for block in blocks:
-        if checkpointing != "off":
-            block.forward = partial(checkpoint, block.forward, **how)
-        if compiled:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        block.forward = partial(checkpoint, block.forward, **options)
 
 
-def fill(parameter, value):
+def copy_to_sharded(parameter, value):
     """Copy a whole tensor into a parameter; into a sharded one, this rank's part of it (no communication)."""
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
@@ -116,22 +128,22 @@ def fill(parameter, value):
     parameter.copy_(value)
 
 
-def local(tensor):
+def to_local(tensor):
     """This rank's part of a sharded tensor, in place; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor):
+def to_full(tensor):
     """A sharded tensor in one piece, on every rank: all of them must ask. A plain tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def tally(*numbers):
+def all_reduce_ints(*numbers):
     """Each number (or flag) summed over all ranks -> ints. Between the hosts: no GPU is asked."""
     return all_reduce(torch.tensor([int(n) for n in numbers])).tolist()
 
 
-def from_first(value):
+def broadcast_object(value):
     """Rank 0's `value` on every rank: a path, a sentence, None. Pickled between our own processes only."""
     box = [value]
     if dist.is_initialized():
@@ -139,7 +151,7 @@ def from_first(value):
     return box[0]
 
 
-def end():
+def cleanup():
     """Leave the process group, so that the processes may end at different moments."""
     if dist.is_initialized():
         dist.destroy_process_group()

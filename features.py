@@ -1,378 +1,364 @@
-"""A frozen backbone looks at images: any weights, any images, and what it saw in one file.
+"""Frozen features: a backbone from a file, images of one size, and its tokens for all of them.
 
-    python features.py photos/ one.jpg --weights runs/laptop --out features.npz
-    python features.py tar:/data/{000..010}.tar --weights dinov2_vits14_reg4 --out features.npz
-
-The .npz holds `cls` (n, D), `registers` (n, R, D), `patches` (n, N, D), `labels` (n,) and `paths` (n,). What
-does not decode is named, listed under `bad`, and left out. Stop it and start it again: it goes on.
-
-What is unusual here: rows are appended to plain files beside the .npz, so memory does not grow with the
-number of images, and a killed run loses the last seconds. The read-out of foreground against background
-is ridge regression in closed form (no learning rate to choose), good enough to compare backbones while they
-train.
+The run at its end, k-NN and everything in evals/ share this file. It reads run folders and files with
+DINOv2's own parameter names, Meta's released ones among them; any other layout is converted first:
+`python -m tools.export WEIGHTS --to meta --out weights.pth`. Nothing is ever downloaded here.
 """
 
-import argparse
-import hashlib
-import json
 import math
 import os
-import shutil
-import time
+import re
 import zipfile
-from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.lib import format as npy
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 import config
 from config import UserError
-from data import BadImage, Images, from_folder, from_list, from_tar, normalize, open_source, to_tensor
-from model import VisionTransformer, describe, load_backbone
-from runfolder import in_one_act, replace
-from weights import download, released
+from data import normalize
+from distributed import copy_to_sharded
+from model import SIZES, VisionTransformer, describe_backbone
+from sources import BadImage, sample_name, to_tensor
 
 CACHE_BYTES = 512 * 2**20  # evaluation images up to this total are decoded once and kept
-SAVE_EVERY = 10  # seconds of work that a killed job may have to do again
-NARROW = 32  # a picture longer than that many times its width shows nothing to a patch
-GREY = (124, 116, 104)  # ImageNet's mean colour: zero for the network
+MAX_ELONGATION = 32  # of an image: longer ones show nothing to a patch
+IMAGENET_GREY = (124, 116, 104)  # ImageNet's mean colour: zero for the network
+
+# ---------------------------------------------------------------- weights from files
 
 
-# ---------------------------------------------------------------- weights
+def read_weights(source):
+    """A run folder, a .pth file or a released name -> backbone tensors, head tensors, architecture (or {}).
+
+    Names are DINOv2's own, without "backbone.". Raises UserError for anything else.
+    """
+    tensors, arch = read_tensors(find_weights(source))
+    return *split_heads(tensors), arch
 
 
-def weights_flags(parser):
-    """The flags that every script for frozen features has."""
-    add = parser.add_argument
-    add("--weights", default="runs/laptop", help="a run folder, a file of weights (teacher.pth, Meta's, "
-        "timm's, Hugging Face's) or a released name such as dinov2_vits14_reg4; `random:` before it: the "
-        "same network, untrained")  # fmt: skip
-    add("--download", action="store_true", help="fetch Meta's file of that name, if it is not in the cache")
+def read_tensors(path):
+    """A file that torch.save wrote -> named tensors, architecture (or {}). Never runs code from the file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a pickle that wants to run code, a truncated zip, an HTML page saved as .pth ...
+        problem = "is damaged or incomplete" if zipfile.is_zipfile(path) else "is not a file of plain tensors"
+        raise UserError(f"{path} {problem} ({type(e).__name__}): download or export it again") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not named tensors: it is no weights file")
+    tensors = content.get("teacher", content.get("model", content))
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(map(torch.is_tensor, tensors.values())):
+        raise UserError(f"{path} holds other things than named tensors: it is no weights file")
+    return tensors, content.get("arch") or {}
 
 
-def open_weights(source, fetch=False):
-    """--weights and --download -> a frozen VisionTransformer on the GPU if there is one, and its config.
+def split_heads(tensors):
+    """Named tensors -> those of the backbone, without "backbone.", and those of the heads."""
+    heads = {name: x for name, x in tensors.items() if "head." in name}
+    backbone = {name.removeprefix("backbone."): x for name, x in tensors.items() if name not in heads}
+    return backbone, heads
 
-    The config is that of the run around the weights; a file on its own gets the published evaluation (224
-    pixels out of 256). Raises UserError for what is no weights file (see weights.py).
+
+def find_weights(source):
+    """The file behind a run folder, a path or a released name that was downloaded earlier."""
+    path = Path(source)
+    if (path / "teacher.pth").is_file():
+        return path / "teacher.pth"
+    if path.is_file() and path.suffix != ".safetensors":
+        return path
+    stem = released_name(source)
+    if stem is None:
+        raise UserError(f"no weights at {path} that can be read as they are: give a run folder that has a "
+                        f"teacher.pth, a .pth file, or a released name; {convert_hint(path)}")  # fmt: skip
+    file = released_file(stem)
+    if not file.is_file():
+        raise UserError(f"no weights at {path}: put Meta's file at {file}, or fetch it with "
+                        f"`python -m tools.export {stem} --download`")  # fmt: skip
+    return file
+
+
+def convert_hint(source):
+    return (f"weights of timm, Hugging Face or a training checkpoint are converted first: "
+            f"python -m tools.export {source} --to meta --out weights.pth")  # fmt: skip
+
+
+def released_name(name):
+    """dinov2_vits14_reg4, vits14_reg, dinov2_vits14_reg4_pretrain.pth -> the first of these, or None."""
+    found = re.fullmatch(r"(?:dinov2_)?vit([sblg])14(_reg4?)?(?:_pretrain)?(?:\.pth)?", str(name))
+    return found and f"dinov2_vit{found[1]}14{'_reg4' if found[2] else ''}"
+
+
+def released_file(stem):
+    """Where Meta's file of that name lies, once it is downloaded."""
+    folder = os.environ.get("NANODINO_CACHE") or Path.home() / ".cache" / "nanodino"
+    return Path(folder) / f"{stem}_pretrain.pth"
+
+
+def released_arch(stem):
+    """'dinov2_vits14_reg4' -> the constructor arguments of that backbone."""
+    letter = stem.removeprefix("dinov2_vit")[0]
+    size = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}[letter]
+    arch = dict(SIZES[size], ffn_layer="swiglu" if letter == "g" else "mlp")
+    if stem.endswith("_reg4"):
+        arch |= dict(num_register_tokens=4, interpolate_antialias=True, interpolate_offset=0.0)
+    return arch
+
+
+def infer_arch(tensors, arch, path):
+    """Constructor arguments of the backbone that these tensors belong to, from their names and shapes.
+
+    arch: the arguments that shapes don't show, if the file states them.
+    """
+    try:
+        D, _, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+        R = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
+        heads_of_width = {size["embed_dim"]: size["num_heads"] for size in SIZES.values()}
+        inferred = dict(
+            embed_dim=D,
+            depth=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+            num_heads=heads_of_width.get(D, max(D // 64, 1)),
+            patch_size=patch_size,
+            img_size=patch_size * math.isqrt(tensors["pos_embed"].shape[1] - 1),
+            num_register_tokens=R,
+            ffn_layer="swiglu" if "blocks.0.mlp.w12.weight" in tensors else "mlp",
+            layerscale=1.0 if "blocks.0.ls1.gamma" in tensors else 0,
+            interpolate_antialias=R > 0,
+            interpolate_offset=0.0 if R else 0.1,
+        )
+    except (KeyError, ValueError, AttributeError) as e:
+        names = ", ".join(list(tensors)[:3])
+        raise UserError(f"{path} holds no DINOv2 backbone: it lacks {e}; its first names are {names}; "
+                        f"{convert_hint(path)}") from e  # fmt: skip
+    unseen = ("num_heads", "layerscale", "interpolate_antialias", "interpolate_offset")
+    return inferred | {key: arch[key] for key in unseen if key in arch}
+
+
+def build_backbone(tensors, arch, source):
+    """A frozen backbone in eval mode around these tensors. Raises UserError that names what differs."""
+    with torch.device("meta"):  # no numbers are drawn, only to be overwritten
+        backbone = VisionTransformer(**infer_arch(tensors, arch, source))
+    expected = {name: list(x.shape) for name, x in backbone.state_dict().items()}
+    found = {name: list(x.shape) for name, x in tensors.items()}
+    wrong = [name for name in expected | found if found.get(name) != expected.get(name)]
+    if wrong:
+        names = "; ".join(f"{k} is {found.get(k)} there, not {expected.get(k)}" for k in wrong[:3])
+        raise UserError(f"{source} is not the {describe_backbone(backbone)} that it looks like: {names}; "
+                        f"{convert_hint(source)}")  # fmt: skip
+    check_released_name(backbone, source)
+    backbone.load_state_dict({name: x.float() for name, x in tensors.items()}, strict=True, assign=True)
+    return backbone.eval().requires_grad_(False)
+
+
+def check_released_name(backbone, source):
+    """Refuse a file that has the name of one released model and holds another."""
+    stem = released_name(Path(source).name)
+    if stem is None:
+        return
+    named = released_arch(stem)
+    if named["embed_dim"] != backbone.embed_dim or ("_reg4" in stem) != bool(backbone.num_register_tokens):
+        raise UserError(f"{source} has the name of {stem} but holds a {describe_backbone(backbone)}: "
+                        f"give it its right name")  # fmt: skip
+
+
+def load_backbone(source):
+    """A frozen backbone in eval mode from a run folder, a .pth file or a released name (always strict)."""
+    tensors, _, arch = read_weights(source)
+    return build_backbone(tensors, arch, source)
+
+
+@torch.no_grad()
+def init_from_weights(model, source):
+    """Fill a DINOv2 (sharded or not) from a run or weights file -> a sentence, and whether heads were taken.
+
+    The backbone must be the same; its position embedding is resized to the native grid of `model`, as its own
+    `interpolate_pos_embed` would. Heads are taken if all have the same sizes. Raises UserError.
+    """
+    tensors, heads, arch = read_weights(source)
+    loaded = build_backbone(tensors, arch, source)
+    old_grid, new_grid = (b.arch["img_size"] // b.patch_size for b in (loaded, model.backbone))
+    differ = different_settings(loaded.arch, model.backbone.arch)
+    if differ:
+        raise UserError(f"{source} holds another backbone ({'; '.join(differ)}): change student.* or --model")
+    tensors = {f"backbone.{name}": x for name, x in loaded.state_dict().items()}
+    tensors["backbone.pos_embed"] = loaded.interpolate_pos_embed(new_grid, new_grid)
+    head_shapes = {name: p.shape for name, p in model.named_parameters() if "head." in name}
+    heads_fit = head_shapes == {name: x.shape for name, x in heads.items()}
+    if heads_fit:
+        tensors |= heads
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            copy_to_sharded(parameter, tensors[name])
+    resized = ""
+    if old_grid != new_grid:
+        resized = f", its positions resized from {old_grid} x {old_grid} to {new_grid} x {new_grid}"
+    return f"backbone of {source}{resized}; heads {'of the same' if heads_fit else 'drawn anew'}", heads_fit
+
+
+def different_settings(theirs, ours):
+    """['depth is 12 there, 24 here', ...] for all but the native image size and the scale of LayerScale."""
+    differ = []
+    for key in theirs:
+        there, here = theirs[key], ours[key]
+        if key == "layerscale":  # only whether there is one; its values come with the weights
+            there, here = there > 0, here > 0
+        if key != "img_size" and there != here:
+            differ.append(f"{key} is {there} there, {here} here")
+    return differ
+
+
+def open_backbone(source, load=load_backbone):
+    """--weights -> a frozen VisionTransformer, on the GPU if there is one, and its config.
+
+    "random:" before the source gives the same network untrained. The config is that of the run around the
+    weights; a file on its own gets the published evaluation (224 pixels out of 256). Raises UserError.
     """
     name = str(source).removeprefix("random:")
-    untrained, stem = name != str(source), released(name)
-    if fetch and not untrained:
-        name = download(name)
-    own = (Path(name) if Path(name).is_dir() else Path(name).parent) / "config.yaml"
-    if own.is_file():
-        cfg = config.load(file=own)
+    untrained = name != str(source)
+    folder = Path(name) if Path(name).is_dir() else Path(name).parent
+    if (folder / "config.yaml").is_file():
+        cfg = config.load(file=folder / "config.yaml")
     else:
         cfg = config.load()
-        cfg.evaluation.image_size, cfg.evaluation.resize_size = 224, 256
+        cfg.evaluation.image_size = 224
+        cfg.evaluation.resize_size = 256
         cfg.train.num_workers = min(cfg.train.num_workers, (os.cpu_count() or 1) // 2)
+    stem = released_name(name)
     if untrained and stem:  # nothing needs to be on the disk
-        import hubconf
-
         torch.manual_seed(0)
-        backbone = getattr(hubconf, stem.removeprefix("dinov2_").replace("reg4", "reg"))()
+        backbone = VisionTransformer(**released_arch(stem)).eval()
     elif untrained:
-        backbone = random_twin(load_backbone(name), cfg)
+        backbone = untrained_copy(load(name), cfg)
     else:
-        backbone = load_backbone(name)
+        backbone = load(name)
     return backbone.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False), cfg
 
 
-def random_twin(backbone, cfg, seed=0):
-    """The same network, untrained: the floor that every number must be compared with."""
+def untrained_copy(backbone, cfg, seed=0):
+    """The same network with random weights: the floor that every number must be compared with."""
     torch.manual_seed(seed)
-    twin = VisionTransformer(**backbone.arch, init_std=cfg.student.init_std)
-    return twin.to(backbone.norm.weight.device).eval()
+    untrained = VisionTransformer(**backbone.arch, init_std=cfg.student.init_std)
+    return untrained.to(backbone.norm.weight.device).eval()
 
 
-# ---------------------------------------------------------------- images
+# ---------------------------------------------------------------- images of one size
 
 
-def open_photos(paths):
-    """What stands on a command line -> one data set: images, folders, .tar shards, .jsonl manifests; or one
-    data URI (scenes:..., folder:... as train.dataset_path). Raises UserError for what is not there."""
-    if len(paths) == 1 and ":" in paths[0] and not Path(paths[0]).exists():
-        return open_source(paths[0])
-    entries = []
-    for path in paths:
-        if Path(path).is_dir():
-            entries += from_folder(path)
-        elif path.endswith((".tar", ".jsonl")):
-            entries += from_tar(path) if path.endswith(".tar") else from_list(path)
-        elif Path(path).is_file():
-            entries.append((path, None, -1, 0))
-        else:
-            raise UserError(f"{path} does not exist: give images, folders, .tar files or one data URI")
-    if not any(x[0] for x in entries):
-        raise UserError(f"there are no images in {', '.join(map(str, paths)) or 'an empty list'}")
-    return Images(entries)
-
-
-def name_of(dataset, i):
-    return dataset.name(i) if hasattr(dataset, "name") else f"scene {i}"
-
-
-def photo(dataset, i):
-    """Image i of a data set and its label; BadImage if it does not decode or is too narrow to look at."""
+def load_image(dataset, i):
+    """Image i of a data set and its label. Raises BadImage if it does not decode or is too elongated."""
     image, label = dataset[i]
-    if max(image.size) > NARROW * min(image.size):
+    if max(image.size) > MAX_ELONGATION * min(image.size):
         size = "{} x {} pixels".format(*image.size)
-        raise BadImage(name_of(dataset, i), f"{size}, more than {NARROW} times as long as wide: cut it up")
+        reason = f"{size}, more than {MAX_ELONGATION} times as long as wide: cut it up"
+        raise BadImage(sample_name(dataset, i), reason)
     return image, label
 
 
-def preprocess(image, size, resize, how="crop"):
+def preprocess(image, size, resize, fit="crop"):
     """PIL RGB -> uint8 (3, size, size).
 
     "crop": short side to `resize` (bicubic), then the centre; DINOv2's k-NN protocol is 256, then 224.
-    "resize": all of the image, squeezed. "pad": all of it in its proportions, with a grey border at the right
-    or the bottom.
+    "resize": the whole image, squeezed. "pad": the whole image in its proportions, with a grey border at the
+    right or the bottom.
     """
-    if how == "resize":
+    if fit == "resize":
         return to_tensor(image.resize((size, size), Image.BICUBIC))
-    if how == "pad":
-        scale, page = size / max(image.size), Image.new("RGB", (size, size), GREY)
-        page.paste(image.resize([max(round(s * scale), 1) for s in image.size], Image.BICUBIC))
-        return to_tensor(page)
-    scale = resize / min(image.size)
+    if fit == "pad":
+        scale = size / max(image.size)
+        canvas = Image.new("RGB", (size, size), IMAGENET_GREY)
+        canvas.paste(image.resize([max(round(side * scale), 1) for side in image.size], Image.BICUBIC))
+        return to_tensor(canvas)
     if min(image.size) != resize:
-        image = image.resize([max(round(s * scale), size) for s in image.size], Image.BICUBIC)
-    left, top = ((s - size) // 2 for s in image.size)
+        scale = resize / min(image.size)
+        image = image.resize([max(round(side * scale), size) for side in image.size], Image.BICUBIC)
+    left, top = ((side - size) // 2 for side in image.size)
     return to_tensor(image.crop((left, top, left + size, top + size)))
 
 
-def fit(image, patch, side=0):
+def resize_to_patches(image, patch_size, side=0):
     """PIL RGB of any size -> uint8 (3, H, W): short side about `side` pixels (0: as it is), both multiples of
-    `patch`. All of the image stays; each side is stretched by half a patch at most."""
+    `patch_size`. The whole image stays; each side is stretched by half a patch at most."""
     scale = side / min(image.size) if side else 1
-    width, height = (max(round(s * scale / patch), 1) * patch for s in image.size)
-    return to_tensor(image if image.size == (width, height) else image.resize((width, height), Image.BICUBIC))
+    size = tuple(max(round(s * scale / patch_size), 1) * patch_size for s in image.size)
+    return to_tensor(image if image.size == size else image.resize(size, Image.BICUBIC))
 
 
 class EvalImages(Dataset):
     """Images ready for a backbone: item i is (uint8 (3, size, size), label), or a BadImage."""
 
-    def __init__(self, dataset, size, resize=0, limit=0, how="crop"):
-        self.dataset, self.size, self.resize, self.how = dataset, size, resize or size, how
+    def __init__(self, dataset, size, resize=0, limit=0, fit="crop"):
+        self.dataset = dataset
+        self.size = size
+        self.resize = resize or size
+        self.fit = fit
         n = len(dataset)
-        # A limited set takes every n/limit-th image: folders are sorted by class, the first `limit` would be
-        # one class.
-        self.indices = list(range(n)) if not limit or limit >= n else [i * n // limit for i in range(limit)]
+        self.indices = list(range(n))
+        if 0 < limit < n:  # every n/limit-th: folders are sorted by class, the first ones would be one class
+            self.indices = [i * n // limit for i in range(limit)]
         self.keep = len(self.indices) * 3 * size * size <= CACHE_BYTES
-        self.cache, self.bad = {}, {}  # bad: {number: path and reason}, as far as `batches` has looked
+        self.cache = {}
+        self.bad = {}  # {number: path and reason}, as far as `iterate_batches` has read
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, i):
-        if i not in self.cache:
-            try:
-                image, label = photo(self.dataset, self.indices[i])
-                item = preprocess(image, self.size, self.resize, self.how), label
-            except BadImage as e:
-                item = e
-            if not self.keep:
-                return item
+        if i in self.cache:
+            return self.cache[i]
+        try:
+            image, label = load_image(self.dataset, self.indices[i])
+            item = preprocess(image, self.size, self.resize, self.fit), label
+        except BadImage as e:
+            item = e
+        if self.keep:
             self.cache[i] = item
-        return self.cache[i]
+        return item
 
 
-def batches(images, batch_size=256, num_workers=0, start=0):
+def iterate_batches(images, batch_size=256, num_workers=0, start=0):
     """EvalImages from number `start` on -> uint8 (b, 3, S, S), labels (b,), numbers (b,).
 
     Images that do not decode are left out; images.bad says why.
     """
 
     def collate(items):  # in the workers
-        good = [x for x in items if not isinstance(x, BadImage)]
-        shape = (0, 3, images.size, images.size)
-        pixels = torch.stack([x for x, _ in good]) if good else torch.empty(shape, dtype=torch.uint8)
-        reasons = [str(x) if isinstance(x, BadImage) else None for x in items]
-        return pixels, torch.tensor([y for _, y in good], dtype=torch.long), reasons
+        good = [item for item in items if not isinstance(item, BadImage)]
+        pixels = torch.empty((0, 3, images.size, images.size), dtype=torch.uint8)
+        if good:
+            pixels = torch.stack([image for image, _ in good])
+        labels = torch.tensor([label for _, label in good], dtype=torch.long)
+        return pixels, labels, [str(item) if isinstance(item, BadImage) else None for item in items]
 
     rest = Subset(images, range(start, len(images)))
-    for x, y, reasons in DataLoader(rest, batch_size, collate_fn=collate, num_workers=num_workers):
-        numbers = range(start, start := start + len(reasons))
-        images.bad.update((i, why) for i, why in zip(numbers, reasons) if why)
-        yield x, y, [i for i, why in zip(numbers, reasons) if not why]
+    for pixels, labels, reasons in DataLoader(rest, batch_size, collate_fn=collate, num_workers=num_workers):
+        numbers = []
+        for number, reason in enumerate(reasons, start):
+            if reason:
+                images.bad[number] = reason
+            else:
+                numbers.append(number)
+        start += len(reasons)
+        yield pixels, labels, numbers
 
 
-# ---------------------------------------------------------------- features
+# ---------------------------------------------------------------- tokens
 
 
 @torch.no_grad()
-def extract(backbone, images, batch_size=256, num_workers=0, patches=False):
+def extract_features(backbone, images, batch_size=256, num_workers=0, patches=False):
     """All EvalImages through a backbone -> cls (n, D) fp32, labels (n,), patches (n, N, D) if asked for."""
     device = next(backbone.parameters()).device
     was_training = backbone.training
     backbone.eval()
-    cls, labels, dense = [], [], []
-    for x, y, _ in batches(images, batch_size, num_workers):
-        tokens = backbone(normalize(x.to(device)))
-        cls.append(tokens.cls.float().cpu())
-        labels.append(y)
+    all_cls = []
+    all_labels = []
+    all_patches = []
+    for pixels, labels, _ in iterate_batches(images, batch_size, num_workers):
+        tokens = backbone(normalize(pixels.to(device)))
+        all_cls.append(tokens.cls.float().cpu())
+        all_labels.append(labels)
         if patches:
-            dense.append(tokens.patches.float().cpu())
+            all_patches.append(tokens.patches.float().cpu())
     backbone.train(was_training)
-    return torch.cat(cls), torch.cat(labels), torch.cat(dense) if patches else None
-
-
-PARTS = ("cls", "registers", "patches")
-
-
-@torch.no_grad()
-def extract_to(out, backbone, images, parts=PARTS, dtype="float32", batch_size=64, num_workers=0):
-    """EvalImages through a backbone into `out` (.npz), resumable -> dict of `rows` and `bad`.
-
-    Raises UserError if what lies half done beside `out` is of other images, weights or options.
-    """
-    device, work, a = next(backbone.parameters()).device, out.with_name(out.name + ".partial"), backbone.arch
-    shapes = dict(cls=(), registers=(a["num_register_tokens"],),
-                  patches=((images.size // a["patch_size"]) ** 2,))  # fmt: skip
-    columns = {k: (np.dtype(dtype), (*shapes[k], a["embed_dim"])) for k in parts}
-    columns |= dict(labels=(np.dtype("int64"), ()), numbers=(np.dtype("int64"), ()))
-    state, job = work / "state.json", fingerprint(backbone, images, columns)
-    images.keep = False  # each is looked at once
-    work.mkdir(parents=True, exist_ok=True)
-    done = json.loads(state.read_text()) if state.exists() else dict(job=job, read=0, rows=0, bad=[])
-    if done["job"] != job:
-        raise UserError(f"{work} was begun with other images, weights or options: delete it or change --out")
-    with ExitStack() as stack, tqdm(total=len(images), initial=done["read"], disable=None) as bar:
-        files = {k: stack.enter_context(open(work / k, "ab")) for k in columns}
-        for k, (kind, shape) in columns.items():  # a torn batch is done again
-            files[k].truncate(done["rows"] * kind.itemsize * math.prod(shape))
-        saved = time.monotonic()
-        for x, y, numbers in batches(images, batch_size, num_workers, done["read"]):
-            rows = backbone(normalize(x.to(device)))._asdict() if len(x) else {}
-            rows |= dict(labels=y, numbers=torch.tensor(numbers, dtype=torch.int64))
-            for k, (kind, _) in columns.items():
-                if k in rows:
-                    files[k].write(np.ascontiguousarray(rows[k].cpu().numpy(), kind))
-            read = min(done["read"] + batch_size, len(images))
-            bar.update(read - done["read"])
-            bad = [why for i, why in images.bad.items() if i >= done["read"]]
-            done |= dict(read=read, rows=done["rows"] + len(y), bad=done["bad"] + bad)
-            if read == len(images) or time.monotonic() - saved > SAVE_EVERY:
-                for file in files.values():
-                    file.flush()
-                    os.fsync(file.fileno())
-                replace(state, json.dumps(done))
-                saved = time.monotonic()
-    pack(out, work, columns, done, images)
-    shutil.rmtree(work)
-    return done
-
-
-def fingerprint(backbone, images, options):
-    """What a half-done job must agree in: a hash of weights, names of images, their size, and the options."""
-    about = (images.size, images.resize, images.how, len(images), options)
-    digest = hashlib.sha256(repr(about).encode())
-    for name, x in backbone.state_dict().items():
-        some = x.flatten()[:: max(x.numel() // 512, 1)]
-        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
-    for i in images.indices:
-        digest.update(name_of(images.dataset, i).encode())
-    return digest.hexdigest()
-
-
-def pack(out, work, columns, done, images):
-    """The columns become the members of one .npz (a zip of .npy), copied as they lie; only the paths are ever
-    whole in memory."""
-    places = [images.indices[i] for i in np.fromfile(work / "numbers", dtype=np.int64)]
-    texts = dict(paths=[name_of(images.dataset, i) for i in places], bad=done["bad"])
-    with in_one_act(out) as f, zipfile.ZipFile(f, "w") as archive:
-        for name, (kind, shape) in columns.items():
-            if name == "numbers":
-                continue
-            head = dict(descr=npy.dtype_to_descr(kind), fortran_order=False, shape=(done["rows"], *shape))
-            with (
-                archive.open(f"{name}.npy", "w", force_zip64=True) as member,
-                open(work / name, "rb") as rows,
-            ):
-                npy.write_array_header_1_0(member, head)
-                shutil.copyfileobj(rows, member, 1 << 20)
-        for name, lines in texts.items():
-            with archive.open(f"{name}.npy", "w") as member:
-                npy.write_array(member, np.array(lines, dtype=np.str_))
-
-
-# ---------------------------------------------------------------- a linear map in closed form
-
-
-def ridge(x, y, strength=1e-3):
-    """Linear regression in closed form, x (n, D) and y (n,) -> a function (m, D) -> (m,)."""
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    x = F.pad((x - mean) / std, (0, 1), value=1.0)  # the last column is the bias
-    gram = x.T @ x + strength * len(x) * torch.eye(x.shape[1])
-    weights = torch.linalg.solve(gram, x.T @ y)
-    return lambda new: F.pad((new - mean) / std, (0, 1), value=1.0) @ weights
-
-
-def foreground_miou(backbone, scenes, size):
-    """How well one linear map of patch tokens tells objects from background: mean IoU of the two, in pixels.
-
-    The map is fitted on two thirds of (at most) 600 scenes, to the share of foreground in each patch, and
-    scored on the others; its answer is enlarged (bilinear) and cut at one half.
-    """
-    n = min(600, len(scenes))
-    train, test = n - n // 3, n // 3
-    masks = torch.stack([torch.from_numpy(scenes.scene(i)[2] > 0) for i in range(train + test)]).float()
-    masks = F.interpolate(masks[:, None], size=(size, size), mode="area")  # (n, 1, S, S)
-    images = EvalImages(scenes, size)
-    images.indices = images.indices[: train + test]
-    patches = extract(backbone, images, patches=True)[2]  # (n, N, D)
-    n = size // backbone.patch_size
-    share = F.avg_pool2d(masks, backbone.patch_size)  # (n, 1, n, n)
-    predict = ridge(patches[:train].flatten(0, 1), share[:train].flatten())
-    answer = predict(patches[train:].flatten(0, 1)).view(test, 1, n, n)
-    answer = F.interpolate(answer, size=(size, size), mode="bilinear") > 0.5
-    truth = masks[train:] > 0.5
-    ious = [(a & t).sum() / (a | t).sum() for a, t in ((answer, truth), (~answer, ~truth))]
-    return float(sum(ious) / 2)
-
-
-def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    add = parser.add_argument
-    add("images", nargs="+", help="images, folders, .tar shards, .jsonl lists; or one URI as scenes:1000")
-    weights_flags(parser)
-    add("--out", type=Path, default="features.npz")
-    add("--size", type=int, default=0, help="side of the square that is seen (default: the run's, or 224)")
-    add("--fit", choices=("crop", "resize", "pad"), default="crop", help="how it becomes a square: crop "
-        "the centre, squeeze all of it, or keep its proportions and pad")  # fmt: skip
-    add("--parts", default=",".join(PARTS), help="which tokens: some of cls,registers,patches")
-    add("--dtype", choices=("float32", "float16"), default="float32")
-    add("--batch-size", type=int, default=64)
-    add("--workers", type=int, default=0, help="processes that decode images beside the network")
-    args = parser.parse_args()
-    parts = args.parts.split(",")
-    if not set(parts) <= set(PARTS):
-        raise UserError(f"--parts {args.parts}: what there is, is {', '.join(PARTS)}")
-    backbone, cfg = open_weights(args.weights, args.download)
-    size = args.size or cfg.evaluation.image_size or cfg.crops.global_crops_size
-    resize = cfg.evaluation.resize_size if not args.size and cfg.evaluation.resize_size else size
-    if size % backbone.patch_size:
-        raise UserError(f"--size {size} is no multiple of the patch of {backbone.patch_size} pixels")
-    images = EvalImages(open_photos(args.images), size, resize, how=args.fit)
-    how = dict(crop=f"shrunk to {resize}, centre of {size} x {size}", resize=f"squeezed to {size} x {size}",
-               pad=f"long side to {size}, padded to {size} x {size}")[args.fit]  # fmt: skip
-    print(f"{args.weights}: {describe(backbone)}; {len(images)} images, each {how}")
-    try:
-        done = extract_to(args.out, backbone, images, parts, args.dtype, args.batch_size, args.workers)
-    except OSError as e:
-        raise UserError(f"{args.out} cannot be written ({e}): make room; what is done is kept") from None
-    for why in done["bad"]:
-        print("left out:", why)
-    print(f"wrote {args.out}: {done['rows']} rows of {', '.join([*parts, 'labels', 'paths'])}")
-
-
-if __name__ == "__main__":
-    config.run(main)
+    return torch.cat(all_cls), torch.cat(all_labels), torch.cat(all_patches) if patches else None

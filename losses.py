@@ -42,34 +42,34 @@ class Centering(nn.Module):
         self.total, self.count = 0, 0
 
     @torch.no_grad()
-    def targets(self, logits, tau, lazy=False):
-        """logits (n, K) -> probabilities (n, K), fp32; `lazy`: as SoftTargets, what they would be made of."""
+    def targets(self, logits, tau, fused=False):
+        """logits (n, K) -> probabilities (n, K), fp32; `fused`: as SoftTargets, not written out."""
         self.total = self.total + logits.sum(0, keepdim=True, dtype=torch.float32)
         self.count += len(logits)
-        if lazy:
+        if fused:
             return SoftTargets(logits, -self.center[0] / tau, tau)
         return F.softmax((logits.float() - self.center) / tau, dim=-1)
 
     @torch.no_grad()
-    def update(self, lost=0.0):
-        """c <- m c + (1 - m) mean(z); c stays if the step is `lost` (1), or no patch was masked anywhere."""
+    def update(self, found_inf=0.0):
+        """c <- m c + (1 - m) mean(z); c stays if `found_inf` is 1 or no patch was masked anywhere."""
         sums = torch.zeros_like(self.center) + self.total
         packed = all_reduce(F.pad(sums, (0, 1), value=self.count))  # sums and count travel together
         mean = packed[:, :-1] / packed[:, -1:].clamp(min=1)
         moved = self.center * self.momentum + mean * (1 - self.momentum)
-        self.center.copy_(torch.where(packed[:, -1:] * (1 - lost) > 0, moved, self.center))
+        self.center.copy_(torch.where(packed[:, -1:] * (1 - found_inf) > 0, moved, self.center))
         self.total, self.count = 0, 0
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits, tau, iterations=3, lazy=False):
+def sinkhorn_knopp(logits, tau, iterations=3, fused=False):
     """Targets by balanced assignment: every prototype gets the same share of the batch (DINOv2 section 4).
 
     Q = exp(z / tau); then, three times: divide each column by its sum over all ranks, each row by its own
     sum. logits (n, K), n may differ between ranks -> probabilities (n, K), fp32: rows sum to 1, columns
-    almost to n / K. `lazy`: as SoftTargets, without writing Q.
+    almost to n / K. `fused`: as SoftTargets, without writing Q.
     """
-    if lazy:
+    if fused:
         return sinkhorn_targets(logits, tau, iterations)
     logits = logits.float() / tau
     floor = logits.new_full((1, logits.shape[1]), -torch.inf)
@@ -149,7 +149,7 @@ def koleo_loss(features, group=0):
 
 
 @torch.no_grad()
-def diagnose(targets, student_logits, features, student_temp=0.1):
+def collapse_metrics(targets, student_logits, features, student_temp=0.1):
     """The scalars that tell learning from collapse. targets, student_logits (n, K), features (B, D).
 
     entropy: mean entropy of a target over ln K (0: one-hot, 1: uniform). entropy_mean: entropy of the mean
@@ -160,7 +160,7 @@ def diagnose(targets, student_logits, features, student_temp=0.1):
     K = targets.shape[-1]
     mean = targets.mean(dim=0)
     row_entropy = torch.special.entr(targets).sum(dim=-1).mean()
-    features = torch.nan_to_num(features.float())  # a sick batch must not stop the one who looks at it
+    features = torch.nan_to_num(features.float())  # one NaN must not stop the diagnosis
     singular = torch.linalg.svdvals(features - features.mean(dim=0))
     share = singular / singular.sum().clamp(min=1e-12)
     return {
@@ -171,7 +171,7 @@ def diagnose(targets, student_logits, features, student_temp=0.1):
     }
 
 
-def collapse(entropy, entropy_mean):
+def collapse_warning(entropy, entropy_mean):
     """A plain sentence if the teacher's answers have collapsed, else None. Both entropies are over ln K."""
     if entropy_mean < 0.1:
         return ("collapsed to one-hot: every image gets one prototype, and the loss looks splendid; "

@@ -15,7 +15,6 @@ masked patches, L local crops, T tokens of all crops together. A ViT-B/16 with 4
 
 import hashlib
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,9 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from config import UserError
-from distributed import fill
+from distributed import copy_to_sharded
 from kernels.attention import attention, reference
-from weights import read_file
 
 SIZES = {  # DINOv2 Table 17 (which prints 18 blocks for B: a misprint, code and weights have 12)
     "vit_laptop": dict(embed_dim=96, depth=4, num_heads=3),  # ours: five minutes on two CPU cores
@@ -97,7 +95,7 @@ class LayerScale(nn.Module):
         return x * self.gamma.to(x.dtype)
 
 
-def compute_type(x):
+def to_autocast_dtype(x):
     """x in autocast's type, where it is on: tokens flow from block to block in 16 bits, as the authors' do.
     Autocast by itself would add every branch to fp32, twice the bytes for the largest tensors of a step."""
     off = x.is_meta or not torch.is_autocast_enabled(x.device.type)
@@ -180,10 +178,16 @@ class VisionTransformer(nn.Module):
     def __init__(self, embed_dim, depth, num_heads, *, patch_size=14, img_size=518, num_register_tokens=0,
                  ffn_layer="mlp", layerscale=1e-5, interpolate_antialias=False, interpolate_offset=0.1,
                  drop_path_rate=0.0, drop_path_uniform=True, init_std=0.02):  # fmt: skip
-        self.arch = dict(list(locals().items())[1:11])  # embed_dim ... offset: what a weights file must say
         super().__init__()
-        self.embed_dim, self.patch_size, self.num_register_tokens = embed_dim, patch_size, num_register_tokens
-        self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
+        self.embed_dim = embed_dim
+        self.patch_size = patch_size
+        self.num_register_tokens = num_register_tokens
+        self.interpolate_antialias = interpolate_antialias
+        self.interpolate_offset = interpolate_offset
+        self.arch = dict(  # the arguments that make this network again: saved with its weights
+            embed_dim=embed_dim, depth=depth, num_heads=num_heads, patch_size=patch_size, img_size=img_size,
+            num_register_tokens=num_register_tokens, ffn_layer=ffn_layer, layerscale=layerscale,
+            interpolate_antialias=interpolate_antialias, interpolate_offset=interpolate_offset)  # fmt: skip
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
@@ -228,7 +232,7 @@ class VisionTransformer(nn.Module):
         x = x + self.interpolate_pos_embed(height // p, width // p)
         if self.num_register_tokens:  # after the position: registers have none
             x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], dim=1)
-        return compute_type(x)
+        return to_autocast_dtype(x)
 
     def forward(self, images, masks=None):
         """images (B, 3, h p, w p), masks (B, N) bool or None -> Tokens. Lists of both: see forward_crops."""
@@ -355,10 +359,10 @@ def init_weights(model, std=0.02, seed=None):
             key = f"{path}.{name}".removeprefix("backbone").strip(".")  # the backbone alone draws the same
             digest = hashlib.blake2b(f"{seed} {key}".encode(), digest_size=7).digest()
             rng.manual_seed(int.from_bytes(digest))
-            fill(parameter, initial(module, name, parameter.shape, std, rng))
+            copy_to_sharded(parameter, initial_value(module, name, parameter.shape, std, rng))
 
 
-def initial(module, name, shape, std, rng):
+def initial_value(module, name, shape, std, rng):
     """The first value of one parameter: tokens almost zero, biases and the mask token zero, gains one."""
     x = torch.zeros(shape)
     if name == "pos_embed" or name == "weight" and isinstance(module, nn.Linear):
@@ -375,80 +379,7 @@ def initial(module, name, shape, std, rng):
     return x
 
 
-# ---------------------------------------------------------------- weights from files
-
-
-def read_weights(path):
-    """A weights file, never running code from it -> the backbone's and the heads' tensors by name, and what
-    the file says of its architecture, if anything."""
-    tensors, arch = read_file(Path(path))
-    heads = {k: v for k, v in tensors.items() if "head." in k}
-    return {k.removeprefix("backbone."): v for k, v in tensors.items() if k not in heads}, heads, arch
-
-
-def architecture(tensors, arch, path):
-    """Constructor arguments of the backbone that these tensors belong to, from their names and shapes."""
-    try:
-        D, _, p, _ = tensors["patch_embed.proj.weight"].shape
-        R = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
-        inferred = dict(
-            embed_dim=D, patch_size=p, num_register_tokens=R,
-            depth=len({k.split(".")[1] for k in tensors if k.startswith("blocks.")}),
-            num_heads={s["embed_dim"]: s["num_heads"] for s in SIZES.values()}.get(D, max(D // 64, 1)),
-            img_size=p * math.isqrt(tensors["pos_embed"].shape[1] - 1),
-            ffn_layer="swiglu" if "blocks.0.mlp.w12.weight" in tensors else "mlp",
-            layerscale=1.0 if "blocks.0.ls1.gamma" in tensors else 0,
-            interpolate_antialias=R > 0, interpolate_offset=0.0 if R else 0.1)  # fmt: skip
-    except (KeyError, ValueError, AttributeError) as e:
-        names = ", ".join(list(tensors)[:3])
-        raise UserError(f"{path} holds no DINOv2 backbone: it lacks {e}; its first names are {names}") from e
-    unseen = ("num_heads", "layerscale", "interpolate_antialias", "interpolate_offset")
-    return inferred | {k: arch[k] for k in unseen if k in arch}
-
-
-def load_backbone(source):
-    """A frozen backbone in eval mode from a run folder or any file that weights.py knows (always strict)."""
-    tensors, _, arch = read_weights(source)
-    return build_backbone(tensors, arch, source)
-
-
-def build_backbone(tensors, arch, source):
-    """A frozen backbone around these tensors, which must be all that it has. UserError names what differs."""
-    with torch.device("meta"):  # no numbers are drawn, only to be overwritten
-        backbone = VisionTransformer(**architecture(tensors, arch, source))
-    here, there = ({k: list(v.shape) for k, v in x.items()} for x in (backbone.state_dict(), tensors))
-    if wrong := [k for k in here | there if there.get(k) != here.get(k)]:
-        names = "; ".join(f"{k} is {there.get(k)} there, not {here.get(k)}" for k in wrong[:3])
-        raise UserError(f"{source} is not the {describe(backbone)} that it looks like: {names}")
-    backbone.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True, assign=True)
-    return backbone.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def start_from(model, source):
-    """Fill a DINOv2 (sharded or not) from a run or weights file -> a sentence, and if heads were taken.
-
-    The backbone must be the same; its position embedding is resized to the native grid here, as its own
-    `interpolate_pos_embed` would. Heads are taken where there are any of the same sizes. Raises UserError.
-    """
-    tensors, heads, arch = read_weights(source)
-    loaded = build_backbone(tensors, arch, source)
-    there, here = ({**b.arch, "layerscale": b.arch["layerscale"] > 0} for b in (loaded, model.backbone))
-    old, new = there.pop("img_size") // there["patch_size"], here.pop("img_size") // here["patch_size"]
-    if differ := [f"{k} is {there[k]} there, {here[k]} here" for k in there if there[k] != here[k]]:
-        raise UserError(f"{source} holds another backbone ({'; '.join(differ)}): change student.* or --model")
-    tensors = {f"backbone.{k}": v for k, v in loaded.state_dict().items()}
-    tensors["backbone.pos_embed"] = loaded.interpolate_pos_embed(new, new)
-    ours = {k: v for k, v in model.named_parameters() if "head." in k}
-    fit = {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in heads.items()}
-    for name, parameter in model.named_parameters():
-        if name not in ours or fit:
-            fill(parameter, heads[name] if name in ours else tensors[name])
-    grid = f", its positions resized from {old} x {old} to {new} x {new}" if old != new else ""
-    return f"backbone of {source}{grid}; heads {'of the same' if fit else 'drawn anew'}", fit
-
-
-def describe(backbone):
+def describe_backbone(backbone):
     """'ViT of width 384, depth 12, patch 14, 4 registers, mlp' for messages."""
     a = backbone.arch
     return (f"ViT of width {a['embed_dim']}, depth {a['depth']}, patch {a['patch_size']}, "

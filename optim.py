@@ -13,10 +13,10 @@ import time
 import torch
 from tqdm import tqdm
 
-from distributed import from_first, local, rank, whole
+from distributed import broadcast_object, rank, to_full, to_local
 
 
-def multipliers(name, depth, layerwise_decay, patch_embed_lr_mult):
+def param_group_multipliers(name, depth, layerwise_decay, patch_embed_lr_mult):
     """(lr multiplier, weight-decay multiplier, which schedule its lr follows) of one parameter, by its name.
 
     Early layers learn more slowly: tokens and patch embedding d^(n+1), block i d^(n-i), final norm and heads
@@ -44,13 +44,13 @@ def make_optimizer(student, cfg):
     o, depth, groups = cfg.optim, len(student.backbone.blocks), {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            key = multipliers(name, depth, o.layerwise_decay, o.patch_embed_lr_mult)
+            key = param_group_multipliers(name, depth, o.layerwise_decay, o.patch_embed_lr_mult)
             groups.setdefault(key, []).append(parameter)
     groups = [dict(params=p, lr_mult=lr, wd_mult=wd, rate=part) for (lr, wd, part), p in groups.items()]
     return torch.optim.AdamW(groups, lr=0.0, betas=(o.adamw_beta1, o.adamw_beta2), fused=True)
 
 
-def cosine(step, start, end, total, warmup=0):
+def cosine_schedule(step, start, end, total, warmup=0):
     """Linear from 0 to `start` over `warmup` steps (both ends included), then half a cosine towards `end`.
 
     The published form, to the last digit: the warm-up holds its peak twice, and step `total` - 1 has not
@@ -68,21 +68,21 @@ def total_steps(cfg):
     return round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH)
 
 
-def schedule(cfg, step, world_size=1):
+def compute_schedules(cfg, step, world_size=1):
     """The numbers of a step: three learning rates, weight_decay, momentum, teacher_temp (Table 16)."""
     o, t, epoch = cfg.optim, cfg.teacher, cfg.train.OFFICIAL_EPOCH_LENGTH
     total = total_steps(cfg)
     batch = cfg.train.batch_size_per_gpu * cfg.train.accumulate * world_size  # images of one step, not crops
     peak = o.base_lr * math.sqrt(batch / 1024)  # the one published scaling_rule
-    lr = cosine(step, peak, o.min_lr, total, round(o.warmup_epochs * epoch))
+    lr = cosine_schedule(step, peak, o.min_lr, total, round(o.warmup_epochs * epoch))
     warm = round(t.warmup_teacher_temp_epochs * epoch)
     progress = min(step / max(warm - 1, 1), 1.0) if step < warm else 1.0
     return dict(
         lr=lr,
         last_layer_lr=0.0 if step < o.freeze_last_layer_epochs * epoch else lr,
         backbone_lr=0.0 if step < o.freeze_backbone_epochs * epoch else lr,
-        weight_decay=cosine(step, o.weight_decay, o.weight_decay_end, total),
-        momentum=cosine(step, t.momentum_teacher, t.final_momentum_teacher, total),
+        weight_decay=cosine_schedule(step, o.weight_decay, o.weight_decay_end, total),
+        momentum=cosine_schedule(step, t.momentum_teacher, t.final_momentum_teacher, total),
         teacher_temp=t.warmup_teacher_temp + (t.teacher_temp - t.warmup_teacher_temp) * progress,
     )
 
@@ -127,7 +127,7 @@ class Deadline:
         pace = max(now - self.looked, 1e-9) / (step - self.last_look)
         left = self.MARGIN * self.seconds - (now - self.began)
         fitting = min(step + max(int(left / pace), 1), self.most)
-        fitting = from_first(fitting)  # the clocks of the ranks differ
+        fitting = broadcast_object(fitting)  # the clocks of the ranks differ
         self.looked = now
         self.last_look = step
         self.next_look = step + (step - self.start) // 4
@@ -142,23 +142,23 @@ class Deadline:
         return True
 
 
-def set_rates(optimizer, now):
+def apply_schedules(optimizer, schedules):
     """Write this step's learning rates and weight decay into the optimizer's groups."""
     for group in optimizer.param_groups:
-        group["lr"] = now[group["rate"]] * group["lr_mult"]
-        group["weight_decay"] = now["weight_decay"] * group["wd_mult"]
+        group["lr"] = schedules[group["rate"]] * group["lr_mult"]
+        group["weight_decay"] = schedules["weight_decay"] * group["wd_mult"]
 
 
 def clip_gradients(student, max_norm):
     """Clip the norm of backbone and heads separately (not jointly) -> {module: norm before clipping}."""
-    return {f"grad_{name}": whole(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm or math.inf))
+    return {f"grad_{name}": to_full(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm or math.inf))
             for name, module in student.named_children()}  # fmt: skip
 
 
 @torch.no_grad()
-def update_teacher(teacher, student, momentum, lost):
+def update_teacher(teacher, student, momentum, found_inf):
     """teacher <- m teacher + (1 - m) student, backbone and heads: one call over all tensors, on each rank its
-    shards. `lost` (0-dim tensor): 1 leaves the teacher as it is. That the host need not know it costs a GPU
+    shards. `found_inf` (0-dim tensor): 1 leaves the teacher as it is. That the host need not know it costs a GPU
     one small kernel per tensor; with plain numbers as weights they would be fused."""
-    mine = [[local(p) for p in model.parameters()] for model in (teacher, student)]
-    torch._foreach_lerp_(*mine, [(1 - momentum) * (1 - lost)] * len(mine[0]))
+    mine = [[to_local(p) for p in model.parameters()] for model in (teacher, student)]
+    torch._foreach_lerp_(*mine, [(1 - momentum) * (1 - found_inf)] * len(mine[0]))

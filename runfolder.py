@@ -1,13 +1,14 @@
-"""The run folder: what a run leaves behind, and the guard that only one run writes there.
+"""The run folder: what a run leaves behind, the guard that only one run writes there, and the console.
 
     runs/NAME/  config.yaml       the resolved settings: `python train.py --config runs/NAME/config.yaml`
                 environment.json  versions, hardware, git commit and diff, command
                 metrics.jsonl     one flat JSON object per logged step
-                result.json       the final numbers; they say that a run is done (torchrun turns 75 into 1)
-                lock              who is writing here now
+                result.json       the final numbers; it exists when a run is done (torchrun turns 75 into 1)
+                profile.txt, trace.json  where the time of a step goes, with --profile
+                lock              the process that is writing here now
                 checkpoints/, teacher.pth (checkpoint.py), pictures
 
-Files are replaced in one act; a line that a crash tore is mended. Exit codes of train.py: 0 done; 1 an error;
+Files are replaced atomically; a line that a crash tore is removed. Exit codes of train.py: 0 done; 1 an error;
 70 no finite loss; 75 saved and stopped by a signal, run me again; 130 Ctrl-C.
 """
 
@@ -26,9 +27,12 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch.profiler import record_function
+from tqdm import tqdm
 
 from config import UserError
-from distributed import from_first, rank, world_size
+from distributed import all_reduce, broadcast_object, rank, world_size
+from losses import collapse_warning
 
 try:
     import fcntl
@@ -44,7 +48,7 @@ class RunFolder:
     """
 
     def __init__(self, path, config_text, resume=False, facts=None):
-        self.path, self.stop_requested = Path(from_first(str(path))), False
+        self.path, self.stop_requested = Path(broadcast_object(str(path))), False
         self.facts = facts or {}  # for environment.json
         self.lock, self.handlers, problem = None, {}, None
         if rank() == 0:
@@ -54,7 +58,7 @@ class RunFolder:
                 problem = str(e)
             except OSError as e:
                 problem = f"the run folder {path} cannot be written ({e}): choose another train.output_dir"
-        if problem := from_first(problem):
+        if problem := broadcast_object(problem):
             self.close()
             raise UserError(problem)
 
@@ -63,21 +67,21 @@ class RunFolder:
         if not config.exists() and any(p.name != "lock" for p in strangers):
             raise UserError(f"{self.path} has files but no config.yaml, so is no run folder: choose another")
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = take_lock(self.path)
-        changed = "; ".join(differences(config, config_text)) if config.exists() else ""
+        self.lock = acquire_lock(self.path)
+        changed = "; ".join(config_differences(config, config_text)) if config.exists() else ""
         if config.exists() and not resume:
             other = f" with other settings ({changed})" if changed else ""
             raise UserError(f"{self.path} holds a run{other}: add --resume to go on, or choose another")
         if changed:
             print(f"note: the run goes on with other settings: {changed}", file=sys.stderr)
-        replace(config, config_text)
-        replace(self.path / "environment.json", json.dumps(environment() | self.facts, indent=1))
+        atomic_write_text(config, config_text)
+        atomic_write_text(self.path / "environment.json", json.dumps(environment() | self.facts, indent=1))
         (self.path / "checkpoints").mkdir(exist_ok=True)
 
     def write_config(self, text):
         """The settings have changed on the way (--max-minutes): config.yaml must say what was run."""
         if rank() == 0:
-            replace(self.path / "config.yaml", text)
+            atomic_write_text(self.path / "config.yaml", text)
 
     def log(self, row):
         """Append one flat dict to metrics.jsonl."""
@@ -85,25 +89,25 @@ class RunFolder:
             return
         try:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(as_json(row) + "\n")
+                f.write(to_json(row) + "\n")
         except OSError as e:
             raise UserError(
                 f"no room for {self.path}/metrics.jsonl ({e}): make some, then --resume"
             ) from None
 
-    def rewind(self, step):
+    def truncate_log(self, step):
         """Drop the rows of steps after `step`, which will come again, any torn line, and old results."""
         if rank() == 0:
             (self.path / "result.json").unlink(missing_ok=True)
-            mend(self.path / "metrics.jsonl", step)
-        mend(self.path / f"bad_images_rank{rank()}.jsonl", step)
+            repair_jsonl(self.path / "metrics.jsonl", step)
+        repair_jsonl(self.path / f"bad_images_rank{rank()}.jsonl", step)
 
-    def result(self, numbers):
+    def write_result(self, numbers):
         """Write result.json: the run is done."""
         if rank() == 0:
-            replace(self.path / "result.json", as_json(numbers, indent=1))
+            atomic_write_text(self.path / "result.json", to_json(numbers, indent=1))
 
-    def watch_signals(self):
+    def install_signal_handlers(self):
         """From now on the signals that schedulers send only set `stop_requested` to their name."""
         for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):  # not SIGINT: Ctrl-C stays as it was
             if number := getattr(signal, name, None):
@@ -120,7 +124,7 @@ class RunFolder:
             self.lock.close()
 
 
-def take_lock(folder):
+def acquire_lock(folder):
     """folder/lock, open and locked by the operating system: it ends with its process, so a dead run's file
     stops nobody. UserError if another process has it."""
     lock = (folder / "lock").open("a+", encoding="utf-8")
@@ -140,7 +144,7 @@ def take_lock(folder):
     return lock
 
 
-def mend(file, step):
+def repair_jsonl(file, step):
     """Keep the whole lines of a .jsonl file up to `step`."""
     kept, torn = [], 0
     for line in file.read_bytes().splitlines() if file.exists() else ():
@@ -149,12 +153,12 @@ def mend(file, step):
         except (ValueError, AttributeError, TypeError):
             torn += 1
     if file.exists():
-        replace(file, "".join(kept))
+        atomic_write_text(file, "".join(kept))
     if torn:
         print(f"note: {torn} torn line(s) removed from {file}", file=sys.stderr)
 
 
-def differences(path, config_text):
+def config_differences(path, config_text):
     """["optim.epochs: 10 there, 20 now", ...] between a saved config and this one, `speed` apart."""
     try:
         configs = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(config_text)
@@ -165,15 +169,18 @@ def differences(path, config_text):
     return [f"{k}: {there.get(k)} there, {now.get(k)} now" for k in keys]
 
 
-def as_json(row, indent=None):
+def to_json(row, indent=None):
     """A flat dict as text. Tensors of one number are fine; nan and inf become null (JSON has neither)."""
     row = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
     bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
     return json.dumps(row | bad, indent=indent)
 
 
+# ---------------------------------------------------------------- files, written atomically
+
+
 @contextmanager
-def in_one_act(path, mark=""):
+def atomic_open(path, mark=""):
     """`with in_one_act(path) as f`: a file that gets its name when it is complete and on the disk, or never.
 
     What a killed process left is overwritten by the next. Two at a time need a `mark` each.
@@ -190,9 +197,9 @@ def in_one_act(path, mark=""):
         partial.unlink(missing_ok=True)
 
 
-def replace(path, text):
+def atomic_write_text(path, text):
     """Write a text in one act: a crash leaves the old one or the new one."""
-    with in_one_act(path) as f:
+    with atomic_open(path) as f:
         f.write(text.encode())
 
 
@@ -207,14 +214,276 @@ def environment():
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cpu": cpu[1] if cpu else platform.processor(), "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "processes": world_size(),
-        "git_commit": git("rev-parse", "HEAD").strip(), "git_diff": git("diff", "HEAD")[:200_000],
+        "git_commit": run_git("rev-parse", "HEAD").strip(), "git_diff": run_git("diff", "HEAD")[:200_000],
     }  # fmt: skip
 
 
-def git(*command):
+def run_git(*command):
     """Output of git in the folder of this file; empty without git or outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), *command]
     try:
         return subprocess.run(command, capture_output=True, timeout=20).stdout.decode(errors="replace")
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+# ---------------------------------------------------------------- the console
+
+
+class TrainLogger:
+    """The progress of a run: a bar or lines, metrics.jsonl, bad images, skipped steps, collapse."""
+
+    def __init__(self, run, cfg, state, steps, resumed, writer):
+        self.run = run
+        self.cfg = cfg
+        self.steps = steps
+        self.writer = writer
+        self.images_per_step = cfg.train.batch_size_per_gpu * cfg.train.accumulate * world_size()
+        # Seconds and images of training alone, bad images of all ranks: they go on where the run was left.
+        self.seconds = resumed.get("seconds", 0)
+        self.images = resumed.get("images", 0)
+        self.num_bad_images = resumed.get("bad", 0)
+        self.clock = time.monotonic()
+        self.skipped_flags = []  # of the steps since they were last read, on the device
+        self.skipped_in_a_row = 0
+        self.collapsed_in_a_row = 0
+        self.warned = False
+        self.knn = None
+        terminal = sys.stderr.isatty()
+        show_bar = rank() == 0 and terminal
+        self.bar = tqdm(total=steps, initial=state.step, disable=not show_bar, dynamic_ncols=True)
+        self.print_lines = rank() == 0 and not terminal
+
+    def set_total(self, steps):
+        self.steps = steps
+        self.bar.total = steps
+
+    def restart_clock(self):
+        """After something that is no training: its time does not count."""
+        self.clock = time.monotonic()
+
+    def count_images(self, bad_images, num_bad, step):
+        """Record this rank's unreadable images (`num_bad` on all ranks together). UserError when too many are."""
+        if bad_images:
+            with open(self.run.path / f"bad_images_rank{rank()}.jsonl", "a") as f:
+                for path, reason in bad_images:
+                    f.write(json.dumps(dict(step=step + 1, path=str(path), reason=reason)) + "\n")
+        self.num_bad_images += num_bad
+        self.images += self.images_per_step
+        limit = self.cfg.train.max_bad_images
+        if self.num_bad_images > limit * max(self.images, 1000):
+            self.writer.wait()  # the checkpoint being saved is still good
+            file = self.run.path / "bad_images_rank*.jsonl"
+            raise UserError(f"{self.num_bad_images} of {self.images} images are unreadable, over "
+                            f"train.max_bad_images ({limit:.2%}): mend or remove those in {file}, or raise the "
+                            f"limit")  # fmt: skip
+
+    def step_done(self, skipped):
+        self.skipped_flags.append(skipped)
+        self.bar.update()
+
+    def log(self, metrics, schedules, state):
+        """A line in metrics.jsonl, the numbers on the bar. Only here the host waits for the device."""
+        self.check_skipped_steps(state)
+        means = {}
+        for name, value in metrics.items():
+            means[name] = all_reduce(value.float().clone()).item() / world_size()
+        self.add_time()
+        rate = self.images / max(self.seconds, 1e-9)
+        row = dict(step=state.step, **means, **schedules, images_per_second=round(rate, 1))
+        if torch.cuda.is_available():
+            row["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        self.run.log(row)
+        shown = dict(
+            loss=f"{row['loss']:.3f}",
+            H=f"{row['entropy']:.2f}",
+            Hm=f"{row['entropy_mean']:.2f}",
+            rank=f"{row['rank']:.0f}",
+            knn="-" if self.knn is None else f"{self.knn:.3f}",
+            img_s=f"{rate:.0f}",
+        )
+        self.bar.set_postfix(shown)
+        if self.print_lines:
+            line = "  ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {state.step:6d}  {line}", flush=True)
+        self.warn_of_collapse(row)
+
+    def add_time(self):
+        now = time.monotonic()
+        self.seconds += now - self.clock
+        self.clock = now
+
+    def log_knn(self, accuracy, step):
+        """accuracy: None on the ranks that do not evaluate."""
+        self.knn = accuracy
+        if accuracy is not None:
+            self.run.log(dict(step=step, knn_top1=accuracy))
+
+    def warn_of_collapse(self, row):
+        """Once, after three rows in a row: a moment is no collapse, and every run starts uniform."""
+        warning = collapse_warning(row["entropy"], row["entropy_mean"])
+        warming_up = row["step"] < max(50, 0.05 * self.steps)
+        if warning and "uniform" in warning and warming_up:
+            warning = None
+        self.collapsed_in_a_row = self.collapsed_in_a_row + 1 if warning else 0
+        if self.collapsed_in_a_row == 3 and not self.warned:
+            self.warned = True
+            self.run.log(dict(step=row["step"], warning=warning))
+            if rank() == 0:
+                tqdm.write(f"warning: step {row['step']}: {warning}", file=sys.stderr)
+
+    def check_skipped_steps(self, state):
+        """Log the images of skipped steps; exit with 70 after too many in a row. In fp16 a few are normal: the
+        loss scale finds its size."""
+        flags = [bool(flag) for flag in self.skipped_flags]
+        self.skipped_flags = []
+        limit = self.cfg.train.max_nan + (20 if state.scaler.is_enabled() else 0)
+        for step, skipped in enumerate(flags, state.step - len(flags)):
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+            if skipped:
+                first = self.images_per_step * step
+                samples = [first, first + self.images_per_step - 1]
+                self.run.log(dict(step=step + 1, skipped_samples=samples))
+            if self.skipped_in_a_row > limit:
+                if rank() == 0:
+                    print(f"error: no finite loss and gradient in {self.skipped_in_a_row} steps in a row (see "
+                          f"metrics.jsonl): lower optim.base_lr, or take compute_precision.dtype=fp32",
+                          file=sys.stderr)  # fmt: skip
+                self.writer.wait()
+                sys.exit(70)
+
+    def close(self, state, trained):
+        self.bar.close()
+        if trained:
+            self.check_skipped_steps(state)
+            self.add_time()
+
+    def totals(self, state):
+        """The part of result.json that every run has."""
+        return dict(
+            steps=state.step,
+            train_seconds=round(self.seconds, 1),
+            images_per_second=round(self.images / max(self.seconds, 1e-9), 1),
+            bad_images=self.num_bad_images,
+        )
+
+
+def results_table(result):
+    """result.json as the last lines on the console."""
+    lines = []
+    for title, *keys in RESULT_ROWS:
+        if keys[0] in result:
+            lines.append(f"{title:16s}" + "".join(f"{result[key]:>13.3f}" for key in keys))
+    if lines:
+        header = ("trained", "random init", "raw pixels", "chance")
+        lines.insert(0, " " * 16 + "".join(f"{column:>13s}" for column in header))
+    steps = "{steps} steps in {train_seconds:.0f} s, {images_per_second:.0f} images/s".format(**result)
+    return "\n".join([*lines, steps])
+
+
+RESULT_ROWS = (
+    ("k-NN top-1", "knn_top1", "knn_random_init", "knn_pixels", "chance"),
+    ("foreground mIoU", "fg_miou", "fg_miou_random_init"),
+)
+
+
+# ---------------------------------------------------------------- where a step goes: --profile
+
+PROFILE = None  # the StepProfile that is measuring, if any
+
+
+@contextmanager
+def profile_section(name):
+    """A named stretch of a step: in every trace, and in the table of --profile."""
+    with record_function(name):
+        begin = PROFILE.mark() if PROFILE else None
+        yield
+        if begin and PROFILE:
+            PROFILE.sections.setdefault(name, []).append((begin, PROFILE.mark()))
+
+
+class StepProfile:
+    """`--profile`: a table of where a step goes (the mean of 5 steps), then a trace of 2 more, by operator.
+
+    On a GPU the host runs ahead, so a clock on the host would show when work was ordered, not when it was
+    done. Each section is marked in the GPU's own queue instead. "data wait" is then the time in which the GPU
+    had nothing to do because the next batch was not there; "the rest" belongs to no section.
+    """
+
+    WARM_UP = 3  # steps
+    TIMED = 5
+    TRACED = 2
+
+    def __init__(self, folder, device, enabled=True):
+        self.folder = folder
+        self.cuda = device.type == "cuda"
+        self.enabled = enabled
+        self.steps = 0
+        self.sections = {}
+        self.trace = None
+
+    def mark(self):
+        """Now; on a GPU, a mark in its queue."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, begin, end):
+        return begin.elapsed_time(end) if self.cuda else 1e3 * (end - begin)
+
+    def begin(self):
+        global PROFILE
+        PROFILE = self
+        self.sections = {}
+        self.began = self.mark()
+
+    def end(self):
+        """-> mean milliseconds of each section over the TIMED steps, and of a whole step."""
+        global PROFILE
+        PROFILE = None
+        ended = self.mark()
+        if self.cuda:
+            torch.cuda.synchronize()
+        whole = self.milliseconds(self.began, ended) / self.TIMED
+        means = {}
+        for name, pairs in self.sections.items():
+            means[name] = sum(self.milliseconds(*pair) for pair in pairs) / self.TIMED
+        return means, whole
+
+    def step_done(self):
+        """Called after every step: after some of them something begins or ends."""
+        if not self.enabled:
+            return
+        self.steps += 1
+        if self.steps == self.WARM_UP:
+            self.begin()
+        elif self.steps == self.WARM_UP + self.TIMED:
+            text = profile_table(*self.end())
+            print(text)
+            (self.folder / "profile.txt").write_text(text + "\n")
+            self.trace = torch.profiler.profile()
+            self.trace.start()
+        elif self.steps == self.WARM_UP + self.TIMED + self.TRACED:
+            self.trace.stop()
+            self.trace.export_chrome_trace(str(self.folder / "trace.json"))
+            print(f"wrote profile.txt and trace.json (for ui.perfetto.dev) to {self.folder}")
+
+    def close(self):
+        """The run has ended, perhaps too soon."""
+        global PROFILE
+        needed = self.WARM_UP + self.TIMED + self.TRACED
+        if self.enabled and self.steps < needed:
+            print(f"--profile needs {needed} steps, this run took {self.steps}")
+            PROFILE = None
+            if self.trace:
+                self.trace.stop()
+
+
+def profile_table(means, whole):
+    """Mean milliseconds of the sections and of a step -> the lines of the table."""
+    rows = dict(means)
+    rows["the rest"] = whole - sum(means.values())
+    lines = [f"{name:16s}{ms:12.1f} ms{ms / whole:8.1%}" for name, ms in rows.items()]
+    return "\n".join(["where a step goes", *lines, f"{'a step':16s}{whole:12.1f} ms"])

@@ -174,6 +174,9 @@ class Scenes:
     def __len__(self):
         return self.count
 
+    def name(self, i):
+        return f"scene {i}"
+
     def scene(self, i):
         """(image, label, mask, depth) as `render` gives them."""
         if not 0 <= i < self.count:

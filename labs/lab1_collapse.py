@@ -16,7 +16,7 @@ from workbench import curves, knn, last, run, save, table, trial
 
 import losses
 import train
-from visualize import page
+from evals.visualize import page
 
 
 def centred(logits, center, tau):
@@ -55,7 +55,7 @@ class Mine(losses.Centering):
 
 def instruments(targets, *rest):
     entropy, entropy_mean = entropies(targets)
-    return losses.diagnose(targets, *rest) | dict(entropy=entropy, entropy_mean=entropy_mean)
+    return losses.collapse_metrics(targets, *rest) | dict(entropy=entropy, entropy_mean=entropy_mean)
 
 
 def check_holes(desk):
@@ -68,7 +68,7 @@ def check_holes(desk):
     real.update()
     off = [(moved(c, z.mean(0, keepdim=True), m) - real.center).abs().max().item() for m in (0.9, 1)]
     desk.check("hole 2 differs from losses.Centering by", *off, high=1e-5, instant=True)
-    truth = torch.stack([losses.diagnose(p, z, z)[key] for key in ("entropy", "entropy_mean")])
+    truth = torch.stack([losses.collapse_metrics(p, z, z)[key] for key in ("entropy", "entropy_mean")])
     off = [(torch.tensor(entropies(q)) - truth).abs().max().item() for q in (p, z.softmax(-1))]
     desk.check("hole 3 differs from losses.diagnose by", *off, high=1e-5, instant=True)
 
@@ -87,7 +87,7 @@ RUNS = {  # temperature of the teacher, momentum of the centre (1: it stays at z
 
 
 def main(desk, seed, short):
-    train.diagnose = instruments
+    train.collapse_metrics = instruments
     check_holes(desk)
     steps, small, limit = (2, ["train.batch_size_per_gpu=8"], 40) if short else (100, [], 0)
     runs, rows = {}, [["run", "DINO loss", "entropy", "entropy_mean", "rank", "k-NN"]]

@@ -16,8 +16,9 @@ from workbench import last, run, save, table, trial
 
 import losses
 import train
-from data import make_loader, open_source
-from visualize import page
+from data import make_loader
+from evals.visualize import page
+from sources import open_source
 
 TAU, K = 0.02, 64  # the laptop preset's teacher temperature; fewer prototypes than its 256, to be seen
 

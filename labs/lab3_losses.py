@@ -19,11 +19,11 @@ from workbench import knn, last, run, save, table, trial
 import data
 import losses
 import train
-from data import open_source
-from features import foreground_miou
-from visualize import large_sample, page, pca_row, tile
+from eval_knn import foreground_miou
+from evals.visualize import large_sample, page, pca_row, tile
+from sources import open_source
 
-BLOCKS = data.block_mask  # the published ones
+BLOCKS = data.sample_block_mask  # the published ones
 
 
 def koleo(features, group=0):
@@ -92,7 +92,7 @@ def main(desk, seed, short):
     train.koleo_loss = koleo
     runs = {"untrained": trial(*small, steps=1, seed=seed)}  # the first step has a learning rate of 0
     for name, overrides in RUNS.items():
-        data.block_mask = scattered if name == "scattered masks" else BLOCKS
+        data.sample_block_mask = scattered if name == "scattered masks" else BLOCKS
         runs[name] = trial(*overrides, *small, steps=steps, seed=seed, name=name)
     scenes = open_source(f"scenes:{6 if short else 1000}:seed=12")
     rows = [["run", "k-NN", "foreground mIoU", "rank", "entropy"]]

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from workbench import knn, run, save, table, trial
 
 import model
-import visualize
 from data import normalize
-from features import open_photos, open_weights
+from evals import visualize
+from evals.visualize import attention_of, attention_tile, norm_tiles, page, patch_norms, ready, sample, tile
+from features import open_backbone
 from kernels.attention import split
-from visualize import attention_of, attention_tile, norm_tiles, page, patch_norms, ready, sample, tile
+from sources import open_images
 
 R = 4  # registers
 
@@ -79,7 +80,7 @@ def main(desk, seed, short):
     steps, count, limit, small = (2, 3, 30, ["train.batch_size_per_gpu=8"]) if short else (100, 64, 0, [])
     runs = [trial(f"student.num_register_tokens={r}", *small, steps=steps, seed=seed) for r in (0, R)]
     none, four = (one.t.ema.backbone for one in runs)
-    images = ready(sample(open_photos([f"scenes:{count}:seed=12"]), count)[1], four, runs[1].cfg, 64)
+    images = ready(sample(open_images([f"scenes:{count}:seed=12"]), count)[1], four, runs[1].cfg, 64)
     with patch.object(visualize, "outliers", outliers):
         found = [measure("0 registers", none, images), measure(f"{R} registers", four, images)]
         torch.manual_seed(seed)
@@ -87,7 +88,7 @@ def main(desk, seed, short):
         norms, maps, charts = zip(*found, measure(f"{R} registers, planted", four, images))
         hook.remove()
         for name in filter(None, desk.args.weights.split(",")):
-            (b, cfg), photos = open_weights(name), open_photos([desk.args.photos or "scenes:16:size=256"])
+            (b, cfg), photos = open_backbone(name), open_images([desk.args.photos or "scenes:16:size=256"])
             measure(name, b, ready(sample(photos, 16)[1], b, cfg, 0))
     shares = [outliers(n, none.arch)[0] for n in norms]
     desk.check("share of outliers, none planted", max(shares[:2]), shares[2], high=0.001)

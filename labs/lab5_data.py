@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from workbench import run, save, table
 
-import curate
-import funnel
-import vectors
+from curation import __main__ as curate
+from curation import page as funnel
+from curation import vectors
+from evals.visualize import page
 from results.curation import MAKE, jpeg
 from scenes import render
-from visualize import page
 
 HOME = Path("runs", "labs", "lab5")
 RINGS = np.repeat(np.arange(5), (100, 200, 4000, 400, 100))  # of 4,800 points: ring 2 is crowded

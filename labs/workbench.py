@@ -28,11 +28,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import config  # noqa: E402
 import train  # noqa: E402
 from config import UserError  # noqa: E402
-from data import make_loader, open_source  # noqa: E402
-from eval_knn import eval_sets, knn_backbone  # noqa: E402
-from optim import schedule  # noqa: E402
-from runfolder import in_one_act  # noqa: E402
+from data import make_loader  # noqa: E402
+from eval_knn import knn_backbone, open_eval_sets  # noqa: E402
+from optim import compute_schedules  # noqa: E402
+from runfolder import atomic_open  # noqa: E402
 from scenes import Scenes  # noqa: E402
+from sources import open_source  # noqa: E402
 
 
 @functools.cache
@@ -49,24 +50,24 @@ class Trial(NamedTuple):
     """What a short training leaves behind."""
 
     rows: list  # per step a dict of floats: loss, loss_*, entropy, entropy_mean, kl, rank, schedules
-    t: train.Trainee  # student, teacher (t.ema), centres, optimizer, as the last step left them
+    t: train.TrainState  # student, teacher (t.ema), centres, optimizer, as the last step left them
     cfg: config.Config
 
 
 def trial(*overrides, steps, seed=0, name="", prepare=lambda t: None):
     """Train for `steps` steps with key=value `overrides` -> Trial.
 
-    `prepare` gets the Trainee before the first step: the place to break it on purpose. The schedules are
+    `prepare` gets the TrainState before the first step: the place to break it on purpose. The schedules are
     those of a run that ends after `steps`. Equal seeds mean equal weights, crops and masks.
     """
     cfg = config.load(None, "laptop", [*SETTINGS, f"train.seed={seed}", *overrides])
     cfg.optim.epochs = steps / cfg.train.OFFICIAL_EPOCH_LENGTH
     torch.manual_seed(seed)
-    t = train.Trainee(cfg)
+    t = train.TrainState(cfg)
     prepare(t)
     batches, rows = make_loader(cfg, open_source(cfg.train.dataset_path), "cpu"), []
     for step in tqdm(range(steps), desc=name or "training", leave=False, disable=None):
-        now = schedule(cfg, step)
+        now = compute_schedules(cfg, step)
         torch.manual_seed(hash((seed, step)) % 2**63)
         metrics = train.train_step(t, [next(batches)], now, cfg, look=True)
         t.step += 1
@@ -83,7 +84,7 @@ def last(trial, name, steps=10):
 
 def knn(trial, limit=0):
     """k-NN accuracy (k = 20) of the teacher, over the labelled scenes of the preset, in 0...1."""
-    bank, queries = eval_sets(trial.cfg, limit=limit)
+    bank, queries = open_eval_sets(trial.cfg, limit=limit)
     return knn_backbone(trial.t.ema.backbone, bank, queries, ks=(20,))[20]
 
 
@@ -130,7 +131,7 @@ def table(*rows):
 def save(picture, name):
     """Write a PIL image to runs/labs/`name` and say so."""
     path = Path("runs", "labs", name)
-    with in_one_act(path, mark=os.getpid()) as f:  # two seeds may run side by side
+    with atomic_open(path, mark=os.getpid()) as f:  # two seeds may run side by side
         picture.save(f, "PNG")
     print(f"wrote {path}")
 

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import config  # noqa: E402
-from data import hash64, make_loader, open_source, permute
-from eval_knn import eval_sets
-from features import extract
+from data import make_loader, permuted_index, stable_hash
+from eval_knn import open_eval_sets
+from features import extract_features
 from model import DINOv2
-from optim import schedule
+from optim import compute_schedules
+from sources import open_source
 
 
 def main(steps):
@@ -31,15 +32,15 @@ def main(steps):
     loader, n, seed = make_loader(cfg, dataset, torch.device("cpu")), len(dataset), cfg.train.seed
     for step in range(steps):
         batch = next(loader)
-        optimizer.param_groups[0]["lr"] = schedule(cfg, step)["lr"]
-        images = [permute(hash64(seed, i // n), i % n, n) for i in batch["samples"].tolist()]
+        optimizer.param_groups[0]["lr"] = compute_schedules(cfg, step)["lr"]
+        images = [permuted_index(stable_hash(seed, i // n), i % n, n) for i in batch["samples"].tolist()]
         y = labels[images].repeat(2)
         loss = F.cross_entropy(head(backbone(batch["globals"]).cls), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    _, queries = eval_sets(cfg)
-    cls, truth, _ = extract(backbone, queries)
+    _, queries = open_eval_sets(cfg)
+    cls, truth, _ = extract_features(backbone, queries)
     accuracy = (head(cls).argmax(1) == truth).float().mean().item()
     print(
         f"supervised, {steps} steps: loss {loss.item():.3f}, accuracy {accuracy:.3f} on {len(truth)} scenes"

@@ -29,11 +29,12 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import curate  # noqa: E402
-import vectors
-from data import decode, hash64, open_source
+from curation import __main__ as curate  # noqa: E402
+from curation import vectors
+from data import stable_hash
 from runfolder import environment
 from scenes import CLASSES, render
+from sources import decode_image, open_source
 
 SHARES = np.array([30, 20, 10, 10, 8, 6, 4, 4, 4, 4]) / 100  # of the ten kinds in the pile: uneven on purpose
 BLOCKED = 8  # the kind that must not stay: dots
@@ -124,15 +125,15 @@ def kinds(seed, count, shares):
 def plant_one(job):
     """One original and all that is planted of it -> files (if they are missing), lines of truth."""
     folder, name, origin, plans = job
-    files = [folder / where / f"{hash64(name, where, kind) % 10**12:012d}.jpg" for where, kind in plans]
+    files = [folder / where / f"{stable_hash(name, where, kind) % 10**12:012d}.jpg" for where, kind in plans]
     if not all(file.exists() for file in files):
-        rng = np.random.default_rng(hash64(name) % 2**63)
+        rng = np.random.default_rng(stable_hash(name) % 2**63)
         if isinstance(origin, tuple):
             image = Image.fromarray(render(*origin, int(rng.choice(SIZES)))[0])
             data = jpeg(image, 92)
         else:
             data = Path(origin).read_bytes()
-            image = decode(data, name)
+            image = decode_image(data, name)
         for file, (_, kind) in zip(files, plans):
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial")
@@ -393,7 +394,7 @@ def naive(data):
 
 def scoring(args):
     files = [photo_like(i) for i in range(args.files)]
-    ways = {"one pass": lambda: [decode(x, "", curate.measure) for x in files],
+    ways = {"one pass": lambda: [decode_image(x, "", curate.measure) for x in files],
             "naive": lambda: [naive(x) for x in files]}  # fmt: skip
     seconds = alternate(ways, 5)
     rates = {f"{k}, images/s": len(files) / v for k, v in seconds.items()}
@@ -406,7 +407,7 @@ def drift(args):
     rows = []
     for i in range(args.files):
         data = photo_like(i)
-        row, grey = decode(data, "", curate.measure), Image.open(io.BytesIO(data)).convert("L")
+        row, grey = decode_image(data, "", curate.measure), Image.open(io.BytesIO(data)).convert("L")
         pairs = (row["phash"], curate.phash(grey)), (row["dhash"], curate.dhash(grey))
         rows.append([(int(a, 16) ^ b).bit_count() for a, b in pairs])
     p, d = np.array(rows).T
@@ -515,7 +516,7 @@ def near(args):
         image = Image.fromarray(render(5000, i, int(rng.choice(SIZES)))[0])
         data = jpeg(image, 92)
         for kind in ("original", "re-encoded", "resized", "resized", "resized", "brighter"):
-            row = decode(MAKE[kind](image, data, rng), "", curate.measure)
+            row = decode_image(MAKE[kind](image, data, rng), "", curate.measure)
             own = np.array([int(row[k], 16) for k in ("phash", "dhash")], np.uint64)
             if kind == "original":
                 hashes.append(own)

@@ -23,8 +23,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import normalize  # noqa: E402
-from features import EvalImages, batches, extract_to, open_photos, open_weights  # noqa: E402
+from evals.extract import extract_to_npz  # noqa: E402
+from features import EvalImages, iterate_batches, open_backbone  # noqa: E402
 from model import SIZES, VisionTransformer  # noqa: E402
+from sources import open_images  # noqa: E402
 
 COUNT, BATCH, ROUNDS = 64, 16, 5
 MEASURED = "import resource as r, features; features.main(); print(r.getrusage(r.RUSAGE_SELF).ru_maxrss)"
@@ -42,11 +44,11 @@ def photographs(folder):
 
 @torch.no_grad()
 def speed(folder):
-    backbone, cfg = open_weights("random:dinov2_vits14_reg4")
+    backbone, cfg = open_backbone("random:dinov2_vits14_reg4")
     (folder / "photos").mkdir()
     photographs(folder / "photos")
-    photos = open_photos([str(folder / "photos")])
-    loaded = [x for x, *_ in batches(EvalImages(photos, 224, 256), BATCH)]
+    photos = open_images([str(folder / "photos")])
+    loaded = [x for x, *_ in iterate_batches(EvalImages(photos, 224, 256), BATCH)]
     backbone(normalize(loaded[0]))
     rates = {"network alone": [], "features.py": []}
     for _ in range(ROUNDS):
@@ -54,7 +56,7 @@ def speed(folder):
         for x in loaded:
             backbone(normalize(x))
         middle = time.perf_counter()
-        extract_to(folder / "f.npz", backbone, EvalImages(photos, 224, 256), batch_size=BATCH)
+        extract_to_npz(folder / "f.npz", backbone, EvalImages(photos, 224, 256), batch_size=BATCH)
         rates["network alone"].append(COUNT / (middle - start))
         rates["features.py"].append(COUNT / (time.perf_counter() - middle))
     ratios = [b / a for a, b in zip(*rates.values())]

@@ -47,15 +47,15 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import bench  # noqa: E402
 import config  # noqa: E402
 import distributed as dist  # noqa: E402
 import train  # noqa: E402
 from config import UserError  # noqa: E402
-from kernels import bench as kernel_bench  # noqa: E402
-from kernels.bench import DRY, about, forked, writer  # noqa: E402
-from optim import schedule  # noqa: E402
-from stopwatch import TIMED, WARM, Profile  # noqa: E402
+from optim import compute_schedules  # noqa: E402
+from runfolder import StepProfile  # noqa: E402
+from tools import bench  # noqa: E402
+from tools import bench_kernels as kernel_bench  # noqa: E402
+from tools.bench_kernels import DRY, about, forked, writer  # noqa: E402
 
 MODEL = "debug" if DRY else "vitl16_short"
 SETTINGS = ["train.batch_size_per_gpu=2", "train.num_workers=0"] if DRY else []
@@ -186,20 +186,19 @@ def step(name, off, report, model=MODEL):
 def profile(folder, report):
     """Where a step goes: its parts by marks in the GPU's queue, its kernels, and a trace in `folder`."""
     cfg = config.load(model=MODEL, overrides=SETTINGS)
-    device = dist.init(cfg.speed.device)
+    device = dist.setup(cfg.speed.device)
     torch.backends.cuda.matmul.allow_tf32 = True
-    t = train.Trainee(cfg, device)
+    t = train.TrainState(cfg, device)
     batch = [next(bench.noise(cfg, device))]
-    stopwatch = Profile(train.PARTS, folder, device)
-    for number in range(WARM + TIMED):
-        if number == WARM:
-            train.PARTS.update(moment=stopwatch.moment, times={}, began=stopwatch.moment())
-        train.train_step(t, batch, schedule(cfg, t.step), cfg)
+    step_profile = StepProfile(folder, device)
+    for number in range(StepProfile.WARM_UP + StepProfile.TIMED):
+        if number == StepProfile.WARM_UP:
+            step_profile.begin()
+        train.train_step(t, batch, compute_schedules(cfg, t.step), cfg)
         t.step += 1
-    parts, whole = stopwatch.means(stopwatch.moment())
-    train.PARTS.clear()
+    parts, whole = step_profile.end()
     with torch.profiler.profile() as seen:
-        train.train_step(t, batch, schedule(cfg, t.step), cfg)
+        train.train_step(t, batch, compute_schedules(cfg, t.step), cfg)
         if device.type == "cuda":
             torch.cuda.synchronize()
     kernels = busiest(seen, device.type)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import config  # noqa: E402
 import model
 import train
-from optim import schedule
+from optim import compute_schedules
 
 
 def build(cfg):
@@ -43,9 +43,9 @@ def backward(cfg, blocks):
     model.SIZES["vit_giant2"]["depth"] = blocks
     cfg.train.batch_size_per_gpu, cfg.train.num_workers, cfg.compute_precision.dtype = 1, 0, "fp32"
     cfg.train.dataset_path = "scenes:10:size=224"
-    t = train.Trainee(cfg)
+    t = train.TrainState(cfg)
     batch = next(train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu"))
-    metrics = train.train_step(t, [batch], schedule(cfg, 0), cfg)
+    metrics = train.train_step(t, [batch], compute_schedules(cfg, 0), cfg)
     size = sum(p.numel() for p in t.student.parameters())
     loss, norm = metrics["loss"].item(), metrics["grad_backbone"].item()
     return (f"a train_step of one image through {blocks} blocks ({size:,} parameters with heads), fp32: "

@@ -1,15 +1,28 @@
-"""The crops and their colours against Pillow (yardstick.py), operation by operation."""
+"""The crops and their colours against Pillow (tools/bench_input.py), operation by operation."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from yardstick import PILLOW_AFTER, PILLOW_JITTER, photo, pillow_crop
 
 import config
-from data import OPERATIONS, STD, batched, cut, draw, one_by_one, photometric, to_tensor
+from data import (
+    AFTER_JITTER,
+    IMAGENET_STD,
+    JITTER,
+    augment_batched,
+    augment_one_by_one,
+    crop_and_resize,
+    photometric,
+    sample_crop_params,
+)
+from sources import to_tensor
+from tools.bench_input import PILLOW_AFTER, PILLOW_JITTER, photo, pillow_crop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+OPERATIONS = (*JITTER.values(), *AFTER_JITTER.values())  # in the order of the columns of Pillow's
 
 
 def bytes_of(image):
@@ -61,15 +74,15 @@ def test_cut_agrees_with_pillow(box):
     image, (left, top, w, h) = photo(), box
     for size in (224, 98):
         expected = image.crop((left, top, left + w, top + h)).resize((size, size), Image.BICUBIC)
-        difference = (cut(to_tensor(image), np.array(box), size, False).float() - bytes_of(expected)).abs()
+        difference = (crop_and_resize(to_tensor(image), np.array(box), size, False).float() - bytes_of(expected)).abs()
         assert difference.max() <= 2 and difference.mean() < 0.05
-        flipped = cut(to_tensor(image), np.array(box), size, True)
-        assert torch.equal(flipped, cut(to_tensor(image), np.array(box), size, False).flip(-1))
+        flipped = crop_and_resize(to_tensor(image), np.array(box), size, True)
+        assert torch.equal(flipped, crop_and_resize(to_tensor(image), np.array(box), size, False).flip(-1))
 
 
 def draws(count, crops, width=500, height=375):
     rng = np.random.default_rng(0)
-    return [np.stack(x) for x in zip(*(draw(rng, crops, width, height) for _ in range(count)))]
+    return [np.stack(x) for x in zip(*(sample_crop_params(rng, crops, width, height) for _ in range(count)))]
 
 
 @pytest.mark.parametrize("size,batch", [(224, 3), (98, 40), (32, 200)])
@@ -82,7 +95,7 @@ def test_whole_chain_agrees_with_pillow(size, batch):
     ours = photometric(torch.stack([to_tensor(x) for x in images]), torch.from_numpy(rows))
     whole = (0, 0, size, size)
     expected = torch.stack([pillow_crop(x, whole, size, False, row) for x, row in zip(images, rows)])
-    difference = (ours - expected).abs() * STD * 255
+    difference = (ours - expected).abs() * IMAGENET_STD * 255
     # Near its threshold a solarized pixel may fall on either side, a large jump: look at the mean.
     assert difference.mean() < 2 and difference.median() < 1.5
 
@@ -94,8 +107,8 @@ def test_batching_changes_nothing():
     torch.testing.assert_close(photometric(images, rows), alone, atol=1e-5, rtol=0)
     for size in (32, 98):  # a batch is as good as images one by one, which leave out taps below 1/1000
         big = torch.randint(0, 256, (60, 3, size, size), dtype=torch.uint8)
-        (_, whole), *rest = [(here, x) for here, x in batched(big[:9], rows[:9])]
-        alone = torch.cat([x for _, x in one_by_one(big[:9], rows[:9])])
+        (_, whole), *rest = [(here, x) for here, x in augment_batched(big[:9], rows[:9])]
+        alone = torch.cat([x for _, x in augment_one_by_one(big[:9], rows[:9])])
         assert not rest and (whole - alone).abs().max() < 0.3
     channels_last = images.to(memory_format=torch.channels_last)
     assert torch.equal(photometric(channels_last, rows), photometric(images, rows))

@@ -31,7 +31,7 @@ def state(seed=0, width=4):
 
 def save(folder, step, state, *args, **kw):
     """Begin, and wait for the end."""
-    writer = checkpoint.Writer()
+    writer = checkpoint.CheckpointWriter()
     writer.start(folder, step, state, *args, **kw)
     return writer.wait()
 
@@ -52,21 +52,21 @@ def environment(**more):
 
 def test_round_trip_is_bitwise_and_in_place(tmp_path):
     path = save(tmp_path, 7, state(7), {"images": 70, "note": "for people"})
-    assert path.name == "step_00000007" and checkpoint.newest(tmp_path) == path
+    assert path.name == "step_00000007" and checkpoint.newest_intact(tmp_path) == path
     fresh = state(1)
     tensor = fresh["student"]["backbone.blocks.0.weight"]
-    meta = checkpoint.restore(path, fresh)
+    meta = checkpoint.load_checkpoint(path, fresh)
     assert meta == {"step": 7, "images": 70, "note": "for people"}
     assert same(fresh, state(7)) and fresh["student"]["backbone.blocks.0.weight"] is tensor
     part = {"student": state(1)["student"]}
-    checkpoint.restore(path, part)  # a part of the top level alone
+    checkpoint.load_checkpoint(path, part)  # a part of the top level alone
     assert same(part["student"], state(7)["student"])
 
 
 def test_the_same_step_can_be_saved_again(tmp_path):
     save(tmp_path, 3, state(1))
     path, fresh = save(tmp_path, 3, state(2)), state(0)
-    checkpoint.restore(path, fresh)
+    checkpoint.load_checkpoint(path, fresh)
     assert same(fresh, state(2)) and [p.name for p in tmp_path.iterdir()] == ["step_00000003"]
 
 
@@ -104,17 +104,17 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_passed_over_and_the_reason_told(reason, tmp_path, capsys):
     good, bad = save(tmp_path, 1, state(1)), save(tmp_path, 2, state(2))
     DAMAGES[reason](bad)
-    assert checkpoint.newest(tmp_path) == good
+    assert checkpoint.newest_intact(tmp_path) == good
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and bad.name in said and reason in said
-    checkpoint.restore(good, fresh := state(0))
+    checkpoint.load_checkpoint(good, fresh := state(0))
     assert same(fresh, state(1))
     save(tmp_path, 3, state(3))  # and life goes on
-    assert checkpoint.newest(tmp_path).name == "step_00000003"
+    assert checkpoint.newest_intact(tmp_path).name == "step_00000003"
 
 
 def test_no_checkpoint_at_all(tmp_path):
-    assert checkpoint.newest(tmp_path) is None and checkpoint.newest(tmp_path / "nowhere") is None
+    assert checkpoint.newest_intact(tmp_path) is None and checkpoint.newest_intact(tmp_path / "nowhere") is None
 
 
 def test_another_architecture_is_named(tmp_path):
@@ -123,15 +123,15 @@ def test_another_architecture_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"2 entries differ \(student.backbone.blocks.0.weight: \(4, 3\) there, \(5, 3\)"
     ):
-        checkpoint.restore(path, wide)
+        checkpoint.load_checkpoint(path, wide)
     assert same(wide, state(2, width=5)), "nothing may be overwritten"
     deeper, shallower = state(2), state(2)
     deeper["student"]["backbone.blocks.1.weight"] = torch.zeros(3)
     del shallower["student"]["backbone.norm.bias"]
     with pytest.raises(UserError, match="blocks.1.weight: nothing there"):
-        checkpoint.restore(path, deeper)
+        checkpoint.load_checkpoint(path, deeper)
     with pytest.raises(UserError, match="norm.bias: .* nothing here"):  # DCP alone would not notice
-        checkpoint.restore(path, shallower)
+        checkpoint.load_checkpoint(path, shallower)
 
 
 class Bomb:
@@ -147,7 +147,7 @@ def test_hostile_metadata_runs_no_code(tmp_path):
     (path / ".metadata").write_bytes(pickle.dumps(Bomb(trace)))
     old = Version(torch.__version__) < Version("2.13")  # which keeps the reason to itself
     with pytest.raises(UserError, match="metadata is None" if old else "system"):
-        checkpoint.restore(path, state(0))
+        checkpoint.load_checkpoint(path, state(0))
     assert not trace.exists()
 
 
@@ -156,7 +156,7 @@ def test_hostile_values_run_no_code(tmp_path):
     path = save(tmp_path, 1, {"x": torch.zeros(1), "step": 1})
     torch.distributed.checkpoint.save({"x": torch.zeros(1), "step": Bomb(trace)}, checkpoint_id=path)
     with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.restore(path, {"x": torch.ones(1), "step": 0})
+        checkpoint.load_checkpoint(path, {"x": torch.ones(1), "step": 0})
     assert not trace.exists()
 
 
@@ -219,8 +219,8 @@ def test_kill_9_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
         loop.send_signal(signal.SIGKILL)
         loop.wait()
         loop.stdout.close()
-        path, loaded = checkpoint.newest(tmp_path), {"x": torch.zeros(300_000), "step": 0}
-        checkpoint.restore(path, loaded)
+        path, loaded = checkpoint.newest_intact(tmp_path), {"x": torch.zeros(300_000), "step": 0}
+        checkpoint.load_checkpoint(path, loaded)
         assert int(path.name[5:]) >= 3 and loaded["step"] == int(path.name[5:])
         assert (loaded["x"] == loaded["step"]).all()
         shutil.rmtree(tmp_path)
@@ -270,7 +270,7 @@ def test_saved_by_two_processes_read_by_one(tmp_path):
 
 def test_the_teacher_file_is_plain_and_atomic(tmp_path):
     for x in (torch.ones(2), torch.zeros(2)):
-        checkpoint.write_teacher(tmp_path / "teacher.pth", {"backbone.x": x}, {"patch_size": 8})
+        checkpoint.save_teacher(tmp_path / "teacher.pth", {"backbone.x": x}, {"patch_size": 8})
     content = torch.load(tmp_path / "teacher.pth", weights_only=True)
     assert not content["teacher"]["backbone.x"].any() and content["arch"] == {"patch_size": 8}
     assert [p.name for p in tmp_path.iterdir()] == ["teacher.pth"]
@@ -278,15 +278,15 @@ def test_the_teacher_file_is_plain_and_atomic(tmp_path):
 
 def test_what_is_saved_is_the_state_at_the_start(tmp_path):
     """The training goes on while the file is written; a second save waits for the first."""
-    writer, mine = checkpoint.Writer(), state(1)
+    writer, mine = checkpoint.CheckpointWriter(), state(1)
     for step in (1, 2):
         writer.start(tmp_path, step, mine)
         mine["student"]["backbone.blocks.0.weight"].fill_(step)
         mine["step"] = 100
     assert writer.wait().name == "step_00000002"
-    checkpoint.restore(tmp_path / "step_00000001", first := state(0))
+    checkpoint.load_checkpoint(tmp_path / "step_00000001", first := state(0))
     assert same(first, state(1))
-    checkpoint.restore(tmp_path / "step_00000002", second := state(0))
+    checkpoint.load_checkpoint(tmp_path / "step_00000002", second := state(0))
     assert (second["student"]["backbone.blocks.0.weight"] == 1).all()
 
 
@@ -295,18 +295,18 @@ def test_a_damaged_newer_one_does_not_cost_a_good_one_its_place(tmp_path):
     save(tmp_path, 4, state(4))
     truncate(save(tmp_path, 9, state(9)))
     path = save(tmp_path, 6, state(6), keep_last=1)
-    assert checkpoint.newest(tmp_path) == path and path.name == "step_00000006"
+    assert checkpoint.newest_intact(tmp_path) == path and path.name == "step_00000006"
 
 
 def test_a_folder_that_not_all_ranks_see_is_one_sentence(tmp_path, monkeypatch):
-    real = checkpoint.Reader.read_metadata
+    real = checkpoint.SafeReader.read_metadata
 
     def and_another(self):
         metadata = real(self)
         next(iter(metadata.storage_data.values())).relative_path = "__1_0.distcp"
         return metadata
 
-    monkeypatch.setattr(checkpoint.Reader, "read_metadata", and_another)
+    monkeypatch.setattr(checkpoint.SafeReader, "read_metadata", and_another)
     with pytest.raises(UserError, match="__1_0.distcp is not there: all ranks must see the same folder"):
         save(tmp_path, 1, state(1))
     assert not list(tmp_path.iterdir())

@@ -19,8 +19,10 @@ from PIL import Image
 
 import config
 import data
+import sources
 from config import UserError
-from data import BadImage, Crops, decode, make_loader, open_source, permute, to_tensor
+from data import MultiCropDataset, make_loader, permuted_index
+from sources import BadImage, decode_image, open_source, to_tensor
 
 RED = (200, 30, 60)
 
@@ -195,24 +197,24 @@ def rgba(pixels):
 
 def test_modes_have_the_right_colours():
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
-    out = np.asarray(decode(encoded(Image.fromarray(ramp)), "16 bit"))
+    out = np.asarray(decode_image(encoded(Image.fromarray(ramp)), "16 bit"))
     assert np.abs(out[0, :, 0] - np.arange(256.0)).max() <= 1 and (out[..., 0] == out[..., 2]).all()
     dark = Image.fromarray(np.full((4, 4), 200, np.uint16))  # 200 of 65535 is nearly black
-    assert decode(encoded(dark), "16 bit dark").getpixel((0, 0)) == (1, 1, 1)
+    assert decode_image(encoded(dark), "16 bit dark").getpixel((0, 0)) == (1, 1, 1)
     floats = Image.fromarray(np.full((4, 4), 0.5, np.float32))
-    assert decode(encoded(floats, "TIFF"), "float").getpixel((0, 0)) == (128, 128, 128)
-    assert decode(encoded(plain(1, mode="1")), "1 bit").getpixel((0, 0)) == (255, 255, 255)
-    assert decode(encoded(plain((90, 128), mode="LA")), "LA").getpixel((0, 0)) == (172, 172, 172)
+    assert decode_image(encoded(floats, "TIFF"), "float").getpixel((0, 0)) == (128, 128, 128)
+    assert decode_image(encoded(plain(1, mode="1")), "1 bit").getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(encoded(plain((90, 128), mode="LA")), "LA").getpixel((0, 0)) == (172, 172, 172)
     half = rgba([[(200, 30, 60, 255), (200, 30, 60, 0), (200, 30, 60, 128)]])
-    shown = decode(encoded(half), "RGBA")
+    shown = decode_image(encoded(half), "RGBA")
     assert [shown.getpixel((x, 0)) for x in range(2)] == [RED, (255, 255, 255)]
     assert np.abs(np.array(shown.getpixel((2, 0))) - (227, 142, 157)).max() <= 1
     palette = plain(size=(4, 4)).convert("P", palette=Image.Palette.ADAPTIVE)
     index = palette.getpixel((0, 0))
-    assert decode(encoded(palette), "P").getpixel((0, 0)) == RED
-    assert decode(encoded(palette, transparency=index), "P + alpha").getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(encoded(palette), "P").getpixel((0, 0)) == RED
+    assert decode_image(encoded(palette, transparency=index), "P + alpha").getpixel((0, 0)) == (255, 255, 255)
     cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # magenta and yellow ink: red
-    red = decode(encoded(cmyk, "JPEG", quality=98), "CMYK").getpixel((8, 8))
+    red = decode_image(encoded(cmyk, "JPEG", quality=98), "CMYK").getpixel((8, 8))
     assert red[0] > 245 and max(red[1:]) < 12
 
 
@@ -221,16 +223,16 @@ def test_orientation_and_first_frame():
     image.paste(RED, (0, 0, 5, 10))  # the left quarter
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees, clockwise: left becomes top
-    upright = decode(encoded(image, "JPEG", exif=exif, quality=98, subsampling=0), "exif")
+    upright = decode_image(encoded(image, "JPEG", exif=exif, quality=98, subsampling=0), "exif")
     assert upright.size == (10, 20)
     assert np.abs(np.array(upright.getpixel((5, 1))) - RED).max() < 12 and max(upright.getpixel((5, 18))) < 12
     frames = [plain(), plain((0, 255, 0))]
     for kind in ("GIF", "WEBP"):
         options = dict(lossless=True) if kind == "WEBP" else {}
         moving = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-        assert decode(moving, kind).getpixel((2, 2)) == RED
+        assert decode_image(moving, kind).getpixel((2, 2)) == RED
     for kind in ("BMP", "PPM", "TIFF", "PNG"):
-        assert decode(encoded(frames[0], kind), kind).getpixel((2, 2)) == RED
+        assert decode_image(encoded(frames[0], kind), kind).getpixel((2, 2)) == RED
 
 
 def png_header(width, height, *chunks):
@@ -259,13 +261,13 @@ def test_bad_images(tmp_path):
     }
     for reason, content in cases.items():
         with pytest.raises(BadImage) as caught:
-            decode(content, "here.jpg")
+            decode_image(content, "here.jpg")
         name, said = caught.value.args
         assert name == "here.jpg" and any(x.strip() in said for x in reason.split("|")), (reason, said)
         assert "\n" not in str(caught.value)
     with pytest.raises(BadImage, match="No such file"):
-        decode(str(tmp_path / "gone.png"), "gone.png")
-    thin = decode(encoded(plain(size=(1, 20000))), "thin")
+        decode_image(str(tmp_path / "gone.png"), "gone.png")
+    thin = decode_image(encoded(plain(size=(1, 20000))), "thin")
     assert thin.size == (1, 20000)
 
 
@@ -279,7 +281,7 @@ def test_bytes_turned_at_random_never_escape():
             damaged = np.frombuffer(content, np.uint8).copy()
             damaged[rng.integers(0, min(len(damaged), 300), 3)] = rng.integers(0, 256, 3)
             try:
-                assert decode(damaged.tobytes(), kind).mode == "RGB"
+                assert decode_image(damaged.tobytes(), kind).mode == "RGB"
             except BadImage:
                 pass
 
@@ -289,19 +291,19 @@ def test_bytes_turned_at_random_never_escape():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 1000])
 def test_permutation_is_one_to_one(n):
-    assert sorted(permute(7, x, n) for x in range(n)) == list(range(n))
+    assert sorted(permuted_index(7, x, n) for x in range(n)) == list(range(n))
 
 
 def test_permutation_depends_on_its_secret():
-    first, second = ([permute(s, x, 1000) for x in range(1000)] for s in (1, 2))
+    first, second = ([permuted_index(s, x, 1000) for x in range(1000)] for s in (1, 2))
     assert sum(a == b for a, b in zip(first, second)) < 10
     assert abs(np.corrcoef(first, range(1000))[0, 1]) < 0.1
-    assert permute(1, 123_456_789, 10**9) < 10**9  # no table: large sets cost the same
+    assert permuted_index(1, 123_456_789, 10**9) < 10**9  # no table: large sets cost the same
 
 
 def test_an_epoch_shows_every_image_once(tmp_path):
     """Also where the number of images is no multiple of the batch; the next epoch has another order."""
-    crops, read = Crops(folder_of(tmp_path), settings()), []
+    crops, read = MultiCropDataset(folder_of(tmp_path), settings()), []
     crops.name = read.append
     for i in range(30):
         crops.cache.clear()
@@ -458,7 +460,7 @@ def test_errors_name_the_image(how, workers, monkeypatch):
 
 
 def test_small_images_stay_decoded(tmp_path):
-    crops = Crops(folder_of(tmp_path, 4), settings())
+    crops = MultiCropDataset(folder_of(tmp_path, 4), settings())
     first = crops[0, 0]
     assert len(crops.cache) == 4 and crops.room == 2**28 - 4 * 40 * 30 * 3
     again = crops[0, 0]
@@ -497,10 +499,10 @@ def test_the_next_batch_travels_beside_the_step(monkeypatch):
     """Batch k + 1 is asked for in the side stream before batch k is used; the streams wait for each other."""
     streams = Streams()
     monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
-    real = data.on_device
+    real = data.to_device
     monkeypatch.setattr(data, "on_device",
                         lambda *a: streams.said.append(f"load on {streams.on}") or real(*a))  # fmt: skip
-    loader = data.make_loader(config.load(model="debug"), data.open_source("scenes:20"), "cpu")
+    loader = data.make_loader(config.load(model="debug"), sources.open_source("scenes:20"), "cpu")
     waits = ["main waits for side", "side waits for main"]
     next(loader)
     assert streams.said == 2 * [*waits, "load on side"]
@@ -510,7 +512,7 @@ def test_the_next_batch_travels_beside_the_step(monkeypatch):
 
 def test_a_loader_that_has_failed_is_not_asked_again(monkeypatch):
     """It reads ahead, so an error waits for its turn; after a kill, other workers may be in mid-message."""
-    asked, real = itertools.count(1), data.read
+    asked, real = itertools.count(1), data.next_batch
 
     def read(*args):
         n = next(asked)

@@ -15,20 +15,20 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_alone_everything_is_a_no_op():
-    assert distributed.init("cpu") == torch.device("cpu") and not torch.distributed.is_initialized()
+    assert distributed.setup("cpu") == torch.device("cpu") and not torch.distributed.is_initialized()
     assert distributed.rank() == 0 and distributed.world_size() == 1
     tensor = torch.ones(3)
     assert distributed.all_reduce(tensor) is tensor and distributed.all_reduce(tensor, "max").sum() == 3
-    assert distributed.tally(3, True, False) == [3, 1, 0]
-    assert distributed.from_first("x") == "x"
-    distributed.end()
+    assert distributed.all_reduce_ints(3, True, False) == [3, 1, 0]
+    assert distributed.broadcast_object("x") == "x"
+    distributed.cleanup()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_one_sentence():
-    assert distributed.init("auto") == torch.device("cpu")
+    assert distributed.setup("auto") == torch.device("cpu")
     with pytest.raises(UserError, match="speed.device"):
-        distributed.init("cuda")
+        distributed.setup("cuda")
 
 
 TWO = """

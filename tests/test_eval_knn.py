@@ -12,7 +12,8 @@ from test_model import close
 
 import eval_knn
 from config import UserError
-from eval_knn import calibration, chance, knn_accuracy, knn_scores, reliability_plot, vote
+from eval_knn import calibration, knn_accuracy, knn_predict, knn_scores, majority_accuracy
+from evals.neighbours import reliability_plot
 from model import VisionTransformer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -30,15 +31,15 @@ def test_votes_are_the_authors():
 def test_accuracy_and_small_banks():
     x, y = torch.eye(4).repeat(3, 1), torch.arange(4).repeat(3)
     assert knn_accuracy(x, y, torch.eye(4), torch.arange(4), ks=(1, 3, 200)) == {1: 1.0, 3: 1.0, 12: 1.0}
-    assert chance(torch.tensor([0, 0, 0, 1])) == pytest.approx(0.75)
+    assert majority_accuracy(torch.tensor([0, 0, 0, 1])) == pytest.approx(0.75)
 
 
 def test_votes_sum_to_one_and_name_the_voters():
     x, y = torch.eye(4).repeat(3, 1), torch.arange(4).repeat(3)
-    predicted, share, near = vote(x, y, 5 * torch.eye(4), k=3)
+    predicted, share, near = knn_predict(x, y, 5 * torch.eye(4), k=3)
     assert predicted.tolist() == [0, 1, 2, 3] and y[near].tolist() == [[c] * 3 for c in range(4)]
     torch.testing.assert_close(share, torch.ones(4))
-    _, share, _ = vote(x, y, torch.ones(1, 4), k=12)  # as near to all
+    _, share, _ = knn_predict(x, y, torch.ones(1, 4), k=12)  # as near to all
     torch.testing.assert_close(share, torch.tensor([0.25]))
 
 

@@ -25,9 +25,10 @@ from test_training import folder_of_images, go, losses, same, weights
 import checkpoint
 import data
 import distributed
+import sources
 import train
 from config import UserError
-from optim import schedule
+from optim import compute_schedules
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "faults.md").read_text()
@@ -44,7 +45,7 @@ def test_all_faults_are_listed_once():
 
 def test_its_command_parses():
     command = re.search(r"^```\n(.*?)^```", TEXT, re.S | re.M)[1].replace("\\\n", " ").split()
-    args, cfg = train.arguments(command[command.index("train.py") + 1 :])
+    args, cfg = train.parse_args(command[command.index("train.py") + 1 :])
     assert args.resume and args.output_dir and cfg.train.checkpoint_every and "torchrun" in command
 
 
@@ -84,8 +85,8 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "step_00000005: __0_0.distcp has" in said and "step_00000004: __0_0.distcp has changed" in said
     assert losses(found) == losses(expected) and same(weights(folder), before)
-    assert [p.name[-1] for p in checkpoint.steps(folder / "checkpoints")] == ["5", "4", "2"]
-    assert checkpoint.newest(folder / "checkpoints").name == "step_00000005"
+    assert [p.name[-1] for p in checkpoint.step_folders(folder / "checkpoints")] == ["5", "4", "2"]
+    assert checkpoint.newest_intact(folder / "checkpoints").name == "step_00000005"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
@@ -124,11 +125,11 @@ def test_a_poisoned_run_leaves_finite_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "make_loader", poisoned)
     with pytest.raises(SystemExit):
         go(tmp_path / "run", *SHORT, "train.max_nan=3", "optim.epochs=1")
-    found, paths = weights(tmp_path / "run"), checkpoint.steps(tmp_path / "run" / "checkpoints")
+    found, paths = weights(tmp_path / "run"), checkpoint.step_folders(tmp_path / "run" / "checkpoints")
     assert {"2", "4"} <= {p.name[-1] for p in paths}  # 4: after the first poisoned step
     for path in paths:
         state = {"teacher": found, "student": {k: v.clone() for k, v in found.items()}}
-        checkpoint.restore(path, state)
+        checkpoint.load_checkpoint(path, state)
         assert all(torch.isfinite(v).all() for part in state.values() for v in part.values())
 
 
@@ -139,7 +140,7 @@ def test_an_exploding_gradient_is_clipped_or_the_step_skipped(factor, skipped, m
     t, calm = take_steps(cfg)
     before = {k: v.clone() for k, v in t.student.state_dict().items()}
     monkeypatch.setattr(train, "compute_losses", lambda *a: {k: v * factor for k, v in real(*a).items()})
-    metrics = train.train_step(t, [random_batch(cfg)], schedule(cfg, 150), cfg)
+    metrics = train.train_step(t, [random_batch(cfg)], compute_schedules(cfg, 150), cfg)
     after = t.student.state_dict()
     assert metrics["skipped"] == skipped and all(torch.isfinite(v).all() for v in after.values())
     assert same(before, after) == bool(skipped)
@@ -183,12 +184,12 @@ def test_restarts_that_torchrun_would_spoil_are_told(monkeypatch, capsys):
     """Without that variable its attempts share one store, see docs/faults.md."""
     for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_MAX_RESTARTS"):
         monkeypatch.delenv(name, raising=False)
-    distributed.init("cpu")
+    distributed.setup("cpu")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    distributed.init("cpu")
+    distributed.setup("cpu")
     assert not capsys.readouterr().err
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    distributed.init("cpu")
+    distributed.setup("cpu")
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
 
 
@@ -202,7 +203,7 @@ def test_a_zeroed_stretch_decodes_and_only_a_checksum_shows_it(tmp_path):
     good = file.getvalue()
     middle = len(good) // 2
     bad = good[:middle] + bytes(200) + good[middle + 200 :]
-    assert data.decode(bad, "bad").size == (96, 96)
+    assert sources.decode_image(bad, "bad").size == (96, 96)
     assert hashlib.sha256(bad).digest() != hashlib.sha256(good).digest()
 
 
@@ -218,8 +219,8 @@ def test_a_decompression_bomb_costs_no_memory():
     bomb = png_header(12000, 12000, (b"IDAT", zlib.compress(bytes(12000 * 3 + 1) * 2000, 9)))
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     before = peak()
-    with pytest.raises(data.BadImage, match="12000 x 12000"):
-        data.decode(bomb, "bomb")
+    with pytest.raises(sources.BadImage, match="12000 x 12000"):
+        sources.decode_image(bomb, "bomb")
     assert peak() - before < 100
     Path("/proc/self/clear_refs").write_text("5")
     kept = np.ones(432_000_000, np.uint8)  # what is measured can be seen
@@ -239,7 +240,7 @@ def test_one_class_is_a_run_with_a_perfect_score(tmp_path):
 
 def test_more_ranks_than_images(tmp_path):
     """Every rank gets a full batch of the one image there is, each crop another."""
-    source = data.open_source(f"folder:{folder_of_images(tmp_path / 'images', 1, 0)}")
+    source = sources.open_source(f"folder:{folder_of_images(tmp_path / 'images', 1, 0)}")
     batches = [next(data.make_loader(small(), source, "cpu", 0, rank, 4)) for rank in range(4)]
     assert [b["samples"][0].item() for b in batches] == [0, 8, 16, 24]
     assert not torch.equal(batches[0]["globals"], batches[3]["globals"])

@@ -10,23 +10,21 @@ from PIL import Image
 import config
 import features
 from config import UserError
-from data import BadImage, normalize, open_source
-from eval_knn import eval_sets, knn_pixels
+from data import normalize
+from eval_knn import foreground_miou, knn_pixels, open_eval_sets, ridge_regression
+from evals.extract import extract_to_npz
 from features import (
     EvalImages,
-    batches,
-    extract,
-    extract_to,
-    fit,
-    foreground_miou,
-    open_photos,
-    open_weights,
-    photo,
+    extract_features,
+    iterate_batches,
+    load_image,
+    open_backbone,
     preprocess,
-    ridge,
+    resize_to_patches,
 )
 from model import VisionTransformer
 from scenes import Scenes
+from sources import BadImage, open_images, open_source
 
 
 def tiny():
@@ -63,7 +61,7 @@ def test_preprocess_keeps_what_it_says(how):
 @pytest.mark.parametrize("size", [(37, 500), (14, 14), (3, 5), (1000, 701)])
 @pytest.mark.parametrize("side", [0, 56])
 def test_fit_stretches_by_half_a_patch_at_most(size, side):
-    _, height, width = fit(Image.new("RGB", size), 14, side).shape
+    _, height, width = resize_to_patches(Image.new("RGB", size), 14, side).shape
     scale = side / min(size) if side else 1
     for new, old in ((width, size[0] * scale), (height, size[1] * scale)):
         assert new % 14 == 0 and (abs(new - old) <= 7.5 or new == 14)
@@ -71,71 +69,71 @@ def test_fit_stretches_by_half_a_patch_at_most(size, side):
 
 def test_fit_leaves_alone_what_fits():
     x = torch.randint(0, 256, (28, 42, 3), dtype=torch.uint8)
-    assert torch.equal(fit(Image.fromarray(x.numpy()), 14), x.permute(2, 0, 1))
+    assert torch.equal(resize_to_patches(Image.fromarray(x.numpy()), 14), x.permute(2, 0, 1))
 
 
 def test_a_photo_of_any_mode_and_no_thread(tmp_path):
     for mode in ("L", "RGBA", "P", "I;16", "CMYK"):
         Image.new(mode, (20, 30)).save(tmp_path / f"{mode[0]}.{'tif' if mode == 'CMYK' else 'png'}")
     Image.new("RGB", (1, 20_000)).save(tmp_path / "thread.png")
-    photos = open_photos([str(tmp_path)])
+    photos = open_images([str(tmp_path)])
     read = []
     for i in range(len(photos)):
         if "thread" in photos.name(i):
             with pytest.raises(BadImage, match="thread.png: 1 x 20000 pixels, more than 32 times"):
-                photo(photos, i)
+                load_image(photos, i)
         else:
-            read.append(photo(photos, i)[0])
+            read.append(load_image(photos, i)[0])
     assert [(x.mode, x.size) for x in read] == 5 * [("RGB", (20, 30))]
 
 
 def test_photos_of_the_command_line(tmp_path):
     pictures(tmp_path / "a", 3)
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
-    photos = open_photos([str(tmp_path / "one.png"), str(tmp_path / "a")])
+    photos = open_images([str(tmp_path / "one.png"), str(tmp_path / "a")])
     assert [photos.name(i)[len(str(tmp_path)) :] for i in range(4)] == [
         "/one.png",
         "/a/0.png",
         "/a/1.png",
         "/a/2.png",
     ]
-    assert len(open_photos(["scenes:5"])) == 5 and len(open_photos([f"folder:{tmp_path}"])) == 4
+    assert len(open_images(["scenes:5"])) == 5 and len(open_images([f"folder:{tmp_path}"])) == 4
     for wrong, said in (
         ([str(tmp_path / "two.png")], "two.png does not exist"),
         (["scnes:5"], "scenes:10000"),
     ):
         with pytest.raises(UserError, match=said):
-            open_photos(wrong)
+            open_images(wrong)
 
 
 def test_weights_by_one_flag(tmp_path):
     """A released name needs no file when it is to be random; the same seed gives the same network."""
-    a, cfg = open_weights("random:dinov2_vits14_reg4")
+    a, cfg = open_backbone("random:dinov2_vits14_reg4")
     assert (a.embed_dim, a.num_register_tokens, a.patch_size) == (384, 4, 14)
     assert (cfg.evaluation.image_size, cfg.evaluation.resize_size) == (224, 256)
     m = tiny()
     m.pos_embed.data += 1  # as if trained
     torch.save({"teacher": m.state_dict(), "arch": {"num_heads": 2}}, tmp_path / "t.pth")
-    trained, twin = (open_weights(f"{x}{tmp_path / 't.pth'}")[0] for x in ("", "random:"))
+    trained, twin = (open_backbone(f"{x}{tmp_path / 't.pth'}")[0] for x in ("", "random:"))
     assert torch.equal(trained.pos_embed, m.pos_embed) and trained.arch == twin.arch
-    again = open_weights(f"random:{tmp_path / 't.pth'}")[0]
+    again = open_backbone(f"random:{tmp_path / 't.pth'}")[0]
     assert torch.equal(twin.pos_embed, again.pos_embed) and twin.pos_embed.abs().max() < 1
     with pytest.raises(UserError, match="nowhere"):
-        open_weights("random:nowhere")
+        open_backbone("random:nowhere")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_name_what_they_leave_out(workers, tmp_path):
     pictures(tmp_path / "a", 5, bad=2)  # 0 1 2 3 4 bad0 bad1
     images = EvalImages(open_source(f"folder:{tmp_path}"), 32)
-    seen = [(len(x), y.tolist(), n) for x, y, n in batches(images, 2, workers, start=1)]
+    seen = [(len(x), y.tolist(), n) for x, y, n in iterate_batches(images, 2, workers, start=1)]
     assert seen == [(2, [0, 0], [1, 2]), (2, [0, 0], [3, 4]), (0, [], [])]
     assert sorted(images.bad) == [5, 6] and "bad0.png" in images.bad[5]
 
 
 def test_extract_is_the_backbone_and_leaves_its_mode_alone():
     m, images = tiny().train(), EvalImages(Scenes(7, 0, 32), 32)
-    cls, labels, patches = extract(m, images, batch_size=3, patches=True)
+    cls, labels, patches = extract_features(m, images, batch_size=3, patches=True)
     with torch.no_grad():
         expected = m.eval()(normalize(torch.stack([images[i][0] for i in range(7)])))
     torch.testing.assert_close(cls, expected.cls)
@@ -153,13 +151,13 @@ def test_limit_is_spread_over_all_classes(tmp_path):
 def test_a_bad_image_is_left_out_and_named(tmp_path):
     pictures(tmp_path / "a", 3, bad=1)
     images = EvalImages(open_source(f"folder:{tmp_path}"), 32)
-    cls, labels, _ = extract(tiny(), images)
+    cls, labels, _ = extract_features(tiny(), images)
     assert len(cls) == len(labels) == 3 and "bad0.png" in list(images.bad.values())[0]
 
 
 def sets(train, test):
     overrides = [f"evaluation.train_path={train}", f"evaluation.test_path={test}"]
-    return eval_sets(config.load(model="debug", overrides=overrides))
+    return open_eval_sets(config.load(model="debug", overrides=overrides))
 
 
 def test_evaluation_sets_need_labels_and_the_same_classes(tmp_path):
@@ -188,15 +186,15 @@ def test_pixels_find_what_pixels_can_find(tmp_path):
 def job(tmp_path, **how):
     if not (tmp_path / "photos").exists():
         pictures(tmp_path / "photos", 9, bad=1)
-    images = EvalImages(open_photos([str(tmp_path / "photos")]), 32, **how)
+    images = EvalImages(open_images([str(tmp_path / "photos")]), 32, **how)
     return dict(out=tmp_path / "f.npz", images=images, batch_size=2)
 
 
 def test_the_file_holds_the_tokens(tmp_path):
     """Rows of what decodes, in order; the names of what does not; nothing is left beside the file."""
-    done = extract_to(backbone=tiny(), **job(tmp_path))
+    done = extract_to_npz(backbone=tiny(), **job(tmp_path))
     f, good = np.load(tmp_path / "f.npz"), [i for i in range(10) if i != 9]
-    images = EvalImages(open_photos([str(tmp_path / "photos")]), 32)
+    images = EvalImages(open_images([str(tmp_path / "photos")]), 32)
     with torch.no_grad():
         expected = tiny()(normalize(torch.stack([images[i][0] for i in good])))
     for name, x in expected._asdict().items():
@@ -208,7 +206,7 @@ def test_the_file_holds_the_tokens(tmp_path):
 
 
 def test_half_the_bytes_and_fewer_parts(tmp_path):
-    extract_to(backbone=tiny(), parts=("cls", "patches"), dtype="float16", **job(tmp_path))
+    extract_to_npz(backbone=tiny(), parts=("cls", "patches"), dtype="float16", **job(tmp_path))
     f = np.load(tmp_path / "f.npz")
     assert (
         sorted(f.files) == ["bad", "cls", "labels", "patches", "paths"] and f["patches"].dtype == np.float16
@@ -239,17 +237,17 @@ def at_once(monkeypatch):
 
 
 def test_a_killed_job_goes_on_where_it_was(tmp_path, at_once):
-    extract_to(backbone=tiny(), **job(tmp_path))
+    extract_to_npz(backbone=tiny(), **job(tmp_path))
     whole = dict(np.load(tmp_path / "f.npz"))
     (tmp_path / "f.npz").unlink()
     with pytest.raises(KeyboardInterrupt):
-        extract_to(backbone=Dying(tiny()), **job(tmp_path))
+        extract_to_npz(backbone=Dying(tiny()), **job(tmp_path))
     assert not (tmp_path / "f.npz").exists()
     with open(tmp_path / "f.npz.partial" / "cls", "ab") as f:
         f.write(b"torn")  # as much of the third batch as reached the disk
     counted = Dying(tiny())
     counted.calls = 3  # never again the third
-    extract_to(backbone=counted, **job(tmp_path))
+    extract_to_npz(backbone=counted, **job(tmp_path))
     assert counted.calls == 3 + 3  # two batches were done, the last has no readable image
     again = np.load(tmp_path / "f.npz")
     assert all(np.array_equal(again[k], whole[k]) for k in whole) and set(again.files) == set(whole)
@@ -257,12 +255,12 @@ def test_a_killed_job_goes_on_where_it_was(tmp_path, at_once):
 
 def test_another_job_does_not_go_on_there(tmp_path, at_once):
     with pytest.raises(KeyboardInterrupt):
-        extract_to(backbone=Dying(tiny()), **job(tmp_path))
+        extract_to_npz(backbone=Dying(tiny()), **job(tmp_path))
     other = tiny()
     other.norm.weight.data += 1
     for backbone, how in ((other, {}), (tiny(), dict(how="pad"))):
         with pytest.raises(UserError, match="f.npz.partial was begun with other images, weights or options"):
-            extract_to(backbone=backbone, **job(tmp_path, **how))
+            extract_to_npz(backbone=backbone, **job(tmp_path, **how))
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -286,7 +284,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def test_ridge_finds_a_linear_rule():
     x, w = torch.randn(500, 8), torch.randn(8)
-    predict = ridge(x, x @ w + 3)
+    predict = ridge_regression(x, x @ w + 3)
     new = torch.randn(20, 8)
     torch.testing.assert_close(predict(new), new @ w + 3, atol=0.05, rtol=0.05)
 

@@ -14,9 +14,9 @@ from test_model import close
 
 from losses import (
     Centering,
-    collapse,
+    collapse_metrics,
+    collapse_warning,
     cross_entropy,
-    diagnose,
     dino_loss,
     ibot_loss,
     koleo_loss,
@@ -221,11 +221,11 @@ def test_instruments_and_collapse():
         (uniform, 1, 1, "uniform"),
         (spread, 0, 1, None),
     ):
-        d = diagnose(targets, torch.zeros(256, K), feats)
+        d = collapse_metrics(targets, torch.zeros(256, K), feats)
         assert d["entropy"] == pytest.approx(H, abs=1e-5) and d["entropy_mean"] == pytest.approx(Hm, abs=1e-5)
         assert d["kl"].item() == pytest.approx(math.log(K) * (1 - H), abs=1e-4)
-        said = collapse(d["entropy"].item(), d["entropy_mean"].item())
+        said = collapse_warning(d["entropy"].item(), d["entropy_mean"].item())
         assert said is None if words is None else words in said
     assert 25 < d["rank"] <= 32
     line = torch.randn(256, 1) * torch.randn(1, 32)
-    assert diagnose(uniform, torch.zeros(256, K), line)["rank"] == pytest.approx(1, abs=0.01)
+    assert collapse_metrics(uniform, torch.zeros(256, K), line)["rank"] == pytest.approx(1, abs=0.01)

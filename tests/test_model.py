@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm
 
+import features
 import model
 from config import UserError
-from model import SIZES, DINOHead, VisionTransformer, load_backbone
+from features import load_backbone
+from model import SIZES, DINOHead, VisionTransformer
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 2e-5  # largest error over largest value; LayerNorm eps 1e-5 is off by 9e-5, tanh GELU by 2e-4
@@ -188,7 +190,7 @@ def test_layout_of_the_released_files(name, tmp_path):
     }
     shapes = {k: v for k, v in shapes.items() if "blocks." not in k} | blocks
     with torch.device("meta"):
-        m = VisionTransformer(**model.architecture({k: torch.empty(v) for k, v in shapes.items()}, {}, name))
+        m = VisionTransformer(**features.infer_arch({k: torch.empty(v) for k, v in shapes.items()}, {}, name))
     assert {k: list(v.shape) for k, v in m.state_dict().items()} == shapes
     assert sum(p.numel() for p in m.parameters()) == RELEASED[name]["n_params"]
     assert m.interpolate_antialias == ("reg4" in name) and m.interpolate_offset == (

@@ -9,7 +9,14 @@ import torch
 
 import config
 from model import DINOv2, init_weights
-from optim import clip_gradients, make_optimizer, multipliers, schedule, set_rates, update_teacher
+from optim import (
+    apply_schedules,
+    clip_gradients,
+    compute_schedules,
+    make_optimizer,
+    param_group_multipliers,
+    update_teacher,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 LONG = ["teacher.momentum_teacher=0.994", "optim.epochs=500", "optim.weight_decay_end=0.2",
@@ -23,7 +30,7 @@ def test_schedules(name):
     f = np.load(GOLDEN / "g_schedules.npz")
     cfg, gpus = config.load(overrides=RECIPES[name]), int(f[f"{name}.assumed_gpus"])
     assert round(cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH) == f[f"{name}.total_iters"]
-    ours = [schedule(cfg, int(i), gpus) for i in f[f"{name}.idx"]]
+    ours = [compute_schedules(cfg, int(i), gpus) for i in f[f"{name}.idx"]]
     names = dict(
         lr="lr",
         wd="weight_decay",
@@ -40,7 +47,7 @@ def test_multipliers(ffn):
     groups = json.loads((GOLDEN / "h_param_groups.json").read_text())
     for part in (f"backbone_unchunked_{ffn}", "dino_head"):
         for name, want in groups[part].items():
-            lr, wd, rate = multipliers(name, 3, 0.9, 0.2)
+            lr, wd, rate = param_group_multipliers(name, 3, 0.9, 0.2)
             assert (lr, wd, rate == "last_layer_lr") == (
                 pytest.approx(want["lr"]),
                 want["wd"],
@@ -58,7 +65,7 @@ def test_every_parameter_is_in_one_group_and_rates_are_set():
     optimizer = make_optimizer(student, cfg)
     ids = [id(p) for g in optimizer.param_groups for p in g["params"]]
     assert sorted(ids) == sorted(id(p) for p in student.parameters())
-    set_rates(optimizer, dict(lr=1.0, last_layer_lr=0.0, backbone_lr=1.0, weight_decay=0.5))
+    apply_schedules(optimizer, dict(lr=1.0, last_layer_lr=0.0, backbone_lr=1.0, weight_decay=0.5))
     of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     assert of[id(student.dino_head.last_layer.weight_v)]["lr"] == 0
     assert (

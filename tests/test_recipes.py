@@ -10,7 +10,8 @@ import config
 import model
 import train
 from config import UserError
-from model import SIZES, load_backbone, start_from
+from features import init_from_weights, load_backbone
+from model import SIZES
 
 TINY = ["student.arch=vit_laptop", "student.patch_size=8", "student.ffn_layer=mlp", "student.layerscale=1.0",
         "train.dataset_path=scenes:60:seed=3", "train.batch_size_per_gpu=4", "train.num_workers=0",
@@ -48,8 +49,8 @@ def bare(run, folder):
 
 
 def part_of(run, step, part, cfg):
-    state = {part: getattr(train.Trainee(cfg), part).state_dict()}
-    checkpoint.restore(run / "checkpoints" / f"step_{step:08d}", state)
+    state = {part: getattr(train.TrainState(cfg), part).state_dict()}
+    checkpoint.load_checkpoint(run / "checkpoints" / f"step_{step:08d}", state)
     return state[part]
 
 
@@ -66,7 +67,7 @@ def test_going_on_from_released_weights(pretrained, tmp_path, capsys):
         saved = part_of(tmp_path / "run", 2, "student" if name == "student" else "teacher", cfg)
         waiting = {k.removeprefix("backbone."): v for k, v in saved.items() if k.startswith("backbone.")}
         assert all(torch.equal(waiting[k], v) for k, v in old.state_dict().items() if k != "pos_embed")
-    start = train.Trainee(cfg).student.state_dict()
+    start = train.TrainState(cfg).student.state_dict()
     moved = part_of(tmp_path / "run", 2, "student", cfg)
     assert not torch.equal(start["dino_head.mlp.0.weight"], moved["dino_head.mlp.0.weight"])
     end = part_of(tmp_path / "run", 4, "student", cfg)
@@ -78,7 +79,7 @@ def test_the_high_resolution_stage(pretrained, tmp_path):
     larger = [*TINY, "crops.global_crops_size=64", "optim.epochs=2", "optim.warmup_epochs=1",
               "train.OFFICIAL_EPOCH_LENGTH=2"]  # fmt: skip
     cfg = config.load(model="vitl14_highres", overrides=[*larger, f"train.init_from={pretrained}"])
-    t = train.Trainee(cfg)
+    t = train.TrainState(cfg)
     assert t.origin.endswith("from 4 x 4 to 8 x 8; heads of the same")
     images, old = torch.randn(2, 3, 64, 64), load_backbone(pretrained)
     new = t.ema.backbone(images)
@@ -93,7 +94,7 @@ def test_the_high_resolution_schedules_are_those_of_the_long_run_compressed():
     long, short = (config.load(model=m) for m in ("vitl14", "vitl14_highres"))
     assert round(short.optim.epochs * short.train.OFFICIAL_EPOCH_LENGTH) == 10_000
     for share in (0.1, 0.5, 0.9):
-        a, b = (train.schedule(c, round(share * c.optim.epochs * c.train.OFFICIAL_EPOCH_LENGTH))
+        a, b = (train.compute_schedules(c, round(share * c.optim.epochs * c.train.OFFICIAL_EPOCH_LENGTH))
                 for c in (long, short))  # fmt: skip
         for key in ("weight_decay", "momentum", "teacher_temp"):
             assert a[key] == pytest.approx(b[key], rel=1e-3)
@@ -111,28 +112,28 @@ def test_distillation(pretrained, smaller, tmp_path):
     content = go(tmp_path / "run", *arguments)
     assert content["arch"]["embed_dim"] == 48
     cfg = config.load(tmp_path / "run" / "config.yaml")
-    t = train.Trainee(cfg)
+    t = train.TrainState(cfg)
     frozen = torch.load(pretrained / "teacher.pth", weights_only=True)["teacher"]
     assert all(torch.equal(v, frozen[k]) for k, v in t.teacher.state_dict().items())
     start = t.ema.state_dict()
     assert any(not torch.equal(v, start[k]) for k, v in content["teacher"].items()), "the average has moved"
     # stopped and resumed, it comes to the same
     for path in (tmp_path / "run" / "checkpoints").glob("step_*4"):
-        shutil.rmtree(checkpoint.out_of_the_way(path))
+        shutil.rmtree(checkpoint.move_aside(path))
     again = go(tmp_path / "run", *arguments, "--resume")
     assert all(torch.equal(v, again["teacher"][k]) for k, v in content["teacher"].items())
 
 
 def test_a_step_of_distillation_hides_nothing_and_spares_the_teacher(pretrained, smaller):
     cfg = settings("vits14_distill", *smaller, f"train.distill_from={pretrained}")
-    t, loader = train.Trainee(cfg), None
+    t, loader = train.TrainState(cfg), None
     loader = train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu")
     batch = next(loader)
     assert len(batch["mask_indices"]) == 2 * 4 * 16, "the iBOT loss is over all patches"
     seen = []
     t.student.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     before = [v.clone() for v in t.teacher.state_dict().values()]
-    now = dict(train.schedule(cfg, 0), lr=1e-3, last_layer_lr=1e-3, backbone_lr=1e-3)
+    now = dict(train.compute_schedules(cfg, 0), lr=1e-3, last_layer_lr=1e-3, backbone_lr=1e-3)
     metrics = train.train_step(t, [batch], now, cfg)
     assert seen == [[None, None]] and metrics["loss_ibot"] > 0 and not metrics["skipped"]
     assert all(torch.equal(a, b) for a, b in zip(before, t.teacher.state_dict().values(), strict=True))
@@ -140,7 +141,7 @@ def test_a_step_of_distillation_hides_nothing_and_spares_the_teacher(pretrained,
 
 def complaint(preset, *overrides):
     with pytest.raises(UserError) as e:
-        train.Trainee(settings(preset, *overrides))
+        train.TrainState(settings(preset, *overrides))
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -171,6 +172,6 @@ def test_released_weights_start_as_they_are(tmp_path, monkeypatch):
                                        interpolate_offset=0.0, init_std=0.1).eval()  # fmt: skip
     torch.save(released.state_dict(), tmp_path / "released.pth")
     ours = model.DINOv2(cfg)
-    assert "from 37 x 37 to 16 x 16" in start_from(ours, tmp_path / "released.pth")[0]
+    assert "from 37 x 37 to 16 x 16" in init_from_weights(ours, tmp_path / "released.pth")[0]
     images = torch.randn(1, 3, 224, 224)
     torch.testing.assert_close(ours.backbone.eval()(images).cls, released(images).cls, rtol=1e-5, atol=1e-5)

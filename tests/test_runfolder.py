@@ -29,7 +29,7 @@ def rows(folder):
 def test_what_it_leaves_behind(tmp_path):
     run = RunFolder(tmp_path / "runs" / "a", SETTINGS)
     run.log({"step": 0, "loss": torch.tensor(1.5), "lr": np.float32(0.5), "entropy": math.nan})
-    run.result({"knn": 0.5, "bad": math.inf})
+    run.write_result({"knn": 0.5, "bad": math.inf})
     assert (run.path / "config.yaml").read_text() == SETTINGS and (run.path / "checkpoints").is_dir()
     assert rows(run.path) == [{"step": 0, "loss": 1.5, "lr": 0.5, "entropy": None}]
     assert json.loads((run.path / "result.json").read_text()) == {"knn": 0.5, "bad": None}
@@ -112,7 +112,7 @@ def test_a_torn_line_is_mended_and_later_rows_dropped(tmp_path, capsys):
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 5, "lo')
     run = RunFolder(tmp_path, SETTINGS, resume=True)
-    run.rewind(2)
+    run.truncate_log(2)
     for step in (3, 4):
         run.log({"step": step})
     run.close()
@@ -129,7 +129,7 @@ def test_signals_set_a_flag_and_ctrl_c_does_not(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     run = RunFolder(tmp_path, SETTINGS)
-    run.watch_signals()
+    run.install_signal_handlers()
     for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
         assert not run.stop_requested
         os.kill(os.getpid(), getattr(signal, name))

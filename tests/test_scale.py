@@ -78,7 +78,7 @@ def test_bf16_has_the_checkpoints_of_fp32(alone, forked, tmp_path):
 
 GRAPHS = """
 import functools, sys, torch, config, distributed, train
-from bench import noise
+from tools.bench import noise
 from kernels import attention
 from torch._dynamo.utils import counters
 
@@ -88,10 +88,10 @@ def main():
     torch.compile = functools.partial(real, backend="eager")
     attention.CHOICE = cfg.speed.kernels
     distributed.init("cpu")
-    t = train.Trainee(cfg)
+    t = train.TrainState(cfg)
     batches = noise(cfg, torch.device("cpu"))
     for step in range(2):
-        train.train_step(t, [next(batches)], train.schedule(cfg, step), cfg)
+        train.train_step(t, [next(batches)], train.compute_schedules(cfg, step), cfg)
     assert counters["stats"]["unique_graphs"] == 2, counters["stats"]
     assert not counters["graph_break"], counters["graph_break"]
     distributed.end()
@@ -117,11 +117,11 @@ COLLECTIVES = """
 import sys, torch, config, distributed as dist, losses, train
 
 def steps(cfg, count=3):
-    t = train.Trainee(cfg)
+    t = train.TrainState(cfg)
     loader = train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu", 0, dist.rank(), 2)
     rows = []
     for i in range(count):
-        now = dict(train.schedule(cfg, i + 5, 2), last_layer_lr=1e-3)
+        now = dict(train.compute_schedules(cfg, i + 5, 2), last_layer_lr=1e-3)
         metrics = train.train_step(t, [next(loader)], now, cfg)
         terms = [v for k, v in metrics.items() if k.startswith(("loss", "grad"))]
         rows += [dist.all_reduce(v.double().clone()) for v in terms]
@@ -164,10 +164,10 @@ def agreement(cfg):
     def poisoned(*args):
         return {**real(*args), "loss_more": torch.tensor(torch.inf if dist.rank() else 0.0)}
     train.compute_losses = poisoned
-    t = train.Trainee(cfg)
+    t = train.TrainState(cfg)
     loader = train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu", 0, dist.rank(), 2)
     before = [p.to_local().clone() for p in t.student.parameters()]
-    metrics = train.train_step(t, [next(loader)], train.schedule(cfg, 5, 2), cfg)
+    metrics = train.train_step(t, [next(loader)], train.compute_schedules(cfg, 5, 2), cfg)
     assert metrics["skipped"] == 1
     assert all(torch.equal(a, p.to_local()) for a, p in zip(before, t.student.parameters()))
 
@@ -213,15 +213,15 @@ def test_one_grows_to_two(alone, forked, tmp_path):
 
 SHARES = """
 import sys, torch, config, distributed as dist, train
-from optim import schedule
+from optim import compute_schedules
 from torch.distributed.tensor import DTensor
 
 def main():
     dist.init("cpu")
     args, cfg = train.arguments(argv)
-    t = train.Trainee(cfg)
+    t = train.TrainState(cfg)
     loader = train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu", 0, dist.rank(), 2)
-    train.train_step(t, [next(loader)], schedule(cfg, 0, 2), cfg)
+    train.train_step(t, [next(loader)], compute_schedules(cfg, 0, 2), cfg)
     moments = [v for s in t.optimizer.state.values() for k, v in s.items() if k.startswith("exp_avg")]
     held = dict(student=list(t.student.parameters()), teacher=list(t.teacher.parameters()), optimizer=moments,
                 gradients=[p.grad for p in t.student.parameters()])

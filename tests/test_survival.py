@@ -75,10 +75,10 @@ def steps_told(text):
 
 def intact(folder):
     """The step of the newest checkpoint, seen from outside: every part is whole and agrees; 0 without any."""
-    path = checkpoint.newest(folder / "checkpoints")
+    path = checkpoint.newest_intact(folder / "checkpoints")
     if path is None:
         return 0
-    meta = checkpoint.restore(path, state := {"step": 0})
+    meta = checkpoint.load_checkpoint(path, state := {"step": 0})
     assert state["step"] == meta["step"] == int(path.name[5:])
     return state["step"]
 
@@ -154,7 +154,7 @@ def test_killed_before_the_last_teacher_is_written(nursery, tmp_path):
     nursery.run(*SETTINGS, "--output-dir", folder, *short, "--resume")
     found = weights(folder)
     saved = {k: torch.zeros_like(v) for k, v in found.items()}
-    checkpoint.restore(folder / "checkpoints" / "step_00000006", {"teacher": saved})
+    checkpoint.load_checkpoint(folder / "checkpoints" / "step_00000006", {"teacher": saved})
     assert not different(found, saved)
 
 
@@ -291,7 +291,7 @@ def test_a_node_dies_comes_back_and_the_run_goes_on(expected, started, tmp_path)
 
 
 BLIND = """
-from data import BadImage
+from sources import BadImage
 from scenes import Scenes
 plain = Scenes.__getitem__
 

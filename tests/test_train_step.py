@@ -14,19 +14,19 @@ import config
 import train
 from kernels import attention
 from model import SIZES
-from optim import schedule
+from optim import compute_schedules
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
 def golden_step(name, monkeypatch, tmp_path):
-    """A Trainee with the golden weights, the golden batch, and the config that the authors' code ran with."""
+    """A TrainState with the golden weights, the golden batch, and the config that the authors' code ran with."""
     monkeypatch.setitem(SIZES, "vit_small", dict(embed_dim=48, depth=2, num_heads=3))
     f = np.load(GOLDEN / f"k_step_{name}.npz")
     path = tmp_path / "published.yaml"
     path.write_text(str(f["cfg"]).replace("vit_tiny_golden", "vit_small"))
     cfg = config.load(file=path, overrides=["optim.clip_grad=1e9", "train.batch_size_per_gpu=4"])
-    t = train.Trainee(cfg)
+    t = train.TrainState(cfg)
     student = {
         k.removeprefix("student."): torch.from_numpy(f[k]) for k in f.files if k.startswith("student.")
     }
@@ -47,7 +47,7 @@ def golden_step(name, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["centering_shared_head", "sinkhorn_separate_heads"])
 def test_a_whole_step(name, monkeypatch, tmp_path):
     t, batch, cfg, f = golden_step(name, monkeypatch, tmp_path)
-    now = dict(schedule(cfg, 0), teacher_temp=float(f["teacher_temp"]))
+    now = dict(compute_schedules(cfg, 0), teacher_temp=float(f["teacher_temp"]))
     metrics = train.train_step(t, [batch], now, cfg)
     close(metrics["loss"], f["loss.total"])
     close(metrics["loss_dino_local"], f["loss.dino_local_crops_loss"])
@@ -85,10 +85,10 @@ def random_batch(cfg, B=8, seed=0):
 
 def take_steps(cfg, n=1, batch=None):
     torch.manual_seed(0)
-    t = train.Trainee(cfg)
+    t = train.TrainState(cfg)
     for i in range(n):
         metrics = train.train_step(
-            t, batch or [random_batch(cfg, seed=i)], schedule(cfg, 150), cfg, look=True
+            t, batch or [random_batch(cfg, seed=i)], compute_schedules(cfg, 150), cfg, look=True
         )
     return t, metrics
 
@@ -116,11 +116,11 @@ def test_logged_terms_sum_to_the_loss_and_everything_learns(overrides):
 def test_teacher_is_a_copy_that_moves():
     cfg = small()
     torch.manual_seed(0)
-    t = train.Trainee(cfg)
+    t = train.TrainState(cfg)
     pairs = list(zip(t.student.parameters(), t.teacher.parameters(), strict=True))
     assert all(torch.equal(s, w) and s.data_ptr() != w.data_ptr() for s, w in pairs)
     before = [w.clone() for _, w in pairs]
-    now = schedule(cfg, 150)
+    now = compute_schedules(cfg, 150)
     train.train_step(t, [random_batch(cfg)], now, cfg)
     for (s, w), old in zip(pairs, before, strict=True):
         torch.testing.assert_close(w, now["momentum"] * old + (1 - now["momentum"]) * s.detach())
@@ -144,9 +144,9 @@ def test_a_step_that_is_not_finite_moves_nothing(bad, mode):
     before = [v.clone() for v in everything()]
     batch = random_batch(cfg)
     batch["globals"][3, 0, 0, 0] = bad
-    assert train.train_step(t, [batch], schedule(cfg, 150), cfg)["skipped"] == 1
+    assert train.train_step(t, [batch], compute_schedules(cfg, 150), cfg)["skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-    assert train.train_step(t, [random_batch(cfg)], schedule(cfg, 150), cfg)["skipped"] == 0
+    assert train.train_step(t, [random_batch(cfg)], compute_schedules(cfg, 150), cfg)["skipped"] == 0
 
 
 class NoQuestions(TorchDispatchMode):
@@ -168,7 +168,7 @@ def test_the_host_runs_ahead_of_the_device(mode):
     t, _ = take_steps(cfg)
     batch = random_batch(cfg)
     with NoQuestions():
-        metrics = train.train_step(t, [batch], schedule(cfg, 1), cfg)
+        metrics = train.train_step(t, [batch], compute_schedules(cfg, 1), cfg)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoQuestions():
         metrics["loss"].item()
 
@@ -204,7 +204,7 @@ def test_a_step_on_a_pretended_gpu(mode, choice, compiled, monkeypatch):
     torch._dynamo.reset()
     with FakeTensorMode(allow_non_fake_inputs=True) as pretend:
         batch = {k: pretend.from_tensor(v).cuda() if torch.is_tensor(v) else v for k, v in host.items()}
-        t = train.Trainee(cfg, "cuda")
+        t = train.TrainState(cfg, "cuda")
 
         def backward(loss):
             assert loss.is_cuda
@@ -214,7 +214,7 @@ def test_a_step_on_a_pretended_gpu(mode, choice, compiled, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "backward", backward)
         seen = []
         t.student.backbone.norm.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-        metrics = train.train_step(t, [batch], schedule(cfg, 1), cfg, look=True)
+        metrics = train.train_step(t, [batch], compute_schedules(cfg, 1), cfg, look=True)
     assert t.dtype == torch.bfloat16 and [x.dtype for x in seen] == [torch.bfloat16]
     assert all(x.is_cuda and x.dtype == torch.float32 for x in metrics.values())
 
@@ -222,11 +222,11 @@ def test_a_step_on_a_pretended_gpu(mode, choice, compiled, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nothing_waits_for_the_gpu():
     cfg = small("student.drop_path_rate=0.2")
-    t = train.Trainee(cfg, "cuda")
+    t = train.TrainState(cfg, "cuda")
     loader = train.make_loader(cfg, train.open_source(cfg.train.dataset_path), torch.device("cuda"))
     for step in range(4):
         torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
-        train.train_step(t, [next(loader)], schedule(cfg, step), cfg)
+        train.train_step(t, [next(loader)], compute_schedules(cfg, step), cfg)
     torch.cuda.set_sync_debug_mode("default")
 
 
@@ -235,7 +235,7 @@ def test_accumulation_moves_teacher_and_centre_once():
     one, two = random_batch(cfg, seed=1), random_batch(cfg, seed=2)
     t, _ = take_steps(cfg, batch=[one, two])
     torch.manual_seed(0)
-    single = train.Trainee(cfg)
+    single = train.TrainState(cfg)
     with torch.no_grad():
         logits = [
             single.teacher.heads(single.teacher.backbone(b["globals"]).cls, torch.zeros(0, 96))[0]

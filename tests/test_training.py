@@ -21,6 +21,7 @@ import config
 import data
 import eval_knn
 import optim
+import runfolder
 import train
 from config import UserError
 
@@ -170,7 +171,7 @@ def test_a_deadline_follows_the_pace(monkeypatch):
             deadline.refit(step, "cpu")
         assert step == optim.total_steps(cfg) and 270 < clock[0] <= 300, clock[0]
     with pytest.raises(UserError, match="--max-minutes is -1"):
-        train.arguments(["--max-minutes", "-1"])
+        train.parse_args(["--max-minutes", "-1"])
     roomy = config.load(model="debug")
     before = roomy.to_yaml()
     deadline = optim.Deadline(roomy, 1e6, 0)
@@ -250,14 +251,14 @@ def test_profile_tells_where_a_step_goes(tmp_path, capsys):
     assert set(rows) == parts | {"checkpoint", "the rest", "a step"}
     assert sum(rows.values()) == pytest.approx(2 * rows["a step"], rel=0.01) and rows["backward"] > 0
     events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
-    assert parts <= {e.get("name") for e in events} and not train.PARTS
+    assert parts <= {e.get("name") for e in events} and runfolder.PROFILE is None
 
 
 def test_a_run_that_is_too_short_for_a_profile_says_so(tmp_path, capsys):
     go(tmp_path / "run", "--profile", "optim.epochs=0.9", "optim.freeze_last_layer_epochs=0.1")
     said = capsys.readouterr().out
     assert "where a step goes" in said and "--profile needs 10 steps, this run took 9" in said
-    assert not train.PARTS and not (tmp_path / "run" / "trace.json").exists()
+    assert runfolder.PROFILE is None and not (tmp_path / "run" / "trace.json").exists()
 
 
 def test_seconds_count_between_looks_too(tmp_path, monkeypatch):
@@ -271,29 +272,29 @@ def test_seconds_count_between_looks_too(tmp_path, monkeypatch):
 
 
 def test_a_stop_at_a_saved_step_saves_it_once(tmp_path, monkeypatch):
-    started, real = [], train.checkpoint.Writer.start
+    started, real = [], train.checkpoint.CheckpointWriter.start
 
     def start(self, folder, step, *args, **kw):
         started.append(step)
         real(self, folder, step, *args, **kw)
 
-    monkeypatch.setattr(train.checkpoint.Writer, "start", start)
+    monkeypatch.setattr(train.checkpoint.CheckpointWriter, "start", start)
     monkeypatch.setattr(train.RunFolder, "stop_requested", property(lambda run: started, lambda run, _: None),
                         raising=False)  # fmt: skip
     assert train.main([*TINY, "--output-dir", str(tmp_path / "run"), "train.checkpoint_every=4"]) == 75
-    assert started == [4] and checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step_00000004"
+    assert started == [4] and checkpoint.newest_intact(tmp_path / "run" / "checkpoints").name == "step_00000004"
 
 
 def test_an_image_that_is_read_too_early_does_no_harm(tmp_path, monkeypatch):
     """The loop reads one batch ahead; after the last step there is nobody to be bothered by what is in it."""
-    real = data.Crops.__getitem__
+    real = data.MultiCropDataset.__getitem__
 
     def item(self, where):
         if where[0] == 10:
             raise OSError("the disk is gone")
         return real(self, where)
 
-    monkeypatch.setattr(data.Crops, "__getitem__", item)
+    monkeypatch.setattr(data.MultiCropDataset, "__getitem__", item)
     assert go(tmp_path / "run")[-1]["step"] == 10
     with pytest.raises(UserError, match="the disk is gone"):
         go(tmp_path / "longer", "optim.epochs=1.1")
