@@ -1,14 +1,14 @@
-"""Checkpoints: saving a run so that nothing can be half saved, and finding the newest that is whole.
+"""Checkpoints: saving a run so that nothing is ever half saved, and finding the newest intact one.
 
 A checkpoint is a folder, checkpoints/step_00001234/:
     __0_0.distcp, .metadata   the tensors, written by all ranks (torch.distributed.checkpoint, "DCP"); any
                               number of processes may read them, also one without torchrun
-    meta.json                 the step and whatever train.py adds, to be read by people
+    meta.json                 the step and whatever train.py adds, for people to read
     manifest.json             size and SHA-256 of every file: else a flipped byte loads silently
 
-What is unusual: the folder is written under another name, flushed to the disk and renamed as the last act, so
-what is called step_* was complete once (kill -9 during a plain torch.save spoils the file almost every time).
-And reading never runs code from a file: DCP unpickles its metadata; here, only its few classes are let in.
+The folder is written under another name, flushed to the disk and renamed at the very end, so a folder called
+step_* was complete once (kill -9 during a plain torch.save ruins the file almost every time). Reading never
+runs code from a file: DCP unpickles its metadata; here, the unpickler admits only the few classes it needs.
 All ranks must see the same folder, and all of them must call `start`, `wait`, `newest` and `restore`.
 """
 
@@ -47,37 +47,49 @@ ALLOWED_CLASSES = {  # all that DCP's metadata is made of; a pickle that names a
 
 
 class CheckpointWriter:
-    """Saves while the training goes on: `start` copies the state, `wait` ends when it is on the disk.
+    """Saves in the background: `start` copies the state, `wait` returns when it is on the disk.
 
-    One save at a time. What its ranks say to each other has a channel of its own, beside the loop's.
+    One save at a time. Its ranks communicate in a process group of their own, beside the loop's.
     """
 
     def __init__(self):
-        alone = not dist.is_initialized()
-        self.group = None if alone else dist.new_group(backend="gloo", timeout=DIST_TIMEOUT)
-        self.thread, self.saving, self.target, self.step = ThreadPoolExecutor(1), None, None, None
+        self.group = None
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=DIST_TIMEOUT)
+        self.thread = ThreadPoolExecutor(1)
+        self.saving = None  # the Future of the save in progress: None or the reason of its failure
+        self.target = None
+        self.step = None
 
     def start(self, folder, step, state, meta=None, keep_last=3, keep_every=0, teacher=None):
         """Save as folder/step_XXXXXXXX; keep the newest `keep_last` and every `keep_every`-th step.
 
         state: nested dicts (string keys) and lists of tensors, DTensors, numbers, texts. meta: a dict of
-        plain values. teacher: rank 0's arguments for `write_teacher`. What fails, the next `wait` raises.
+        plain values. teacher: rank 0's arguments for `save_teacher`. A failure is raised by the next `wait`.
         """
         self.wait()
-        folder, self.step = Path(folder), step
-        self.target, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
-        if reason := broadcast_object(try_call(prepare_folder, temporary)):
+        self.step = step
+        self.target = Path(folder) / f"step_{step:08d}"
+        temporary = self.target.with_name(f".step_{step:08d}.partial")
+        reason = broadcast_object(try_call(prepare_folder, temporary))
+        if reason:
             raise UserError(self.failure(reason))
-        how = dict(process_group=self.group, no_dist=self.group is None)
-        copied = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True), **how)
-        end = partial(commit_checkpoint, temporary, self.target, {"step": step, **(meta or {})}, keep_last, keep_every)
-        self.saving = self.thread.submit(self.complete, copied.result, end, temporary, teacher)
+        files = dcp.FileSystemWriter(temporary, sync_files=True)
+        copied = dcp.async_save(
+            state, storage_writer=files, process_group=self.group, no_dist=self.group is None
+        )
+        meta = {"step": step, **(meta or {})}
+        commit = partial(commit_checkpoint, temporary, self.target, meta, keep_last, keep_every)
+        self.saving = self.thread.submit(self.complete, copied.result, commit, temporary, teacher)
 
-    def complete(self, tensors_written, end, temporary, teacher):
+    def complete(self, tensors_written, commit, temporary, teacher):
         """In the background -> None or the reason. DCP tells every rank of a failure on any."""
         reason = try_call(tensors_written)
         if rank() == 0:
-            reason = reason or (try_call(save_teacher, *teacher) if teacher else None) or try_call(end)
+            if not reason and teacher:
+                reason = try_call(save_teacher, *teacher)
+            if not reason:
+                reason = try_call(commit)
             shutil.rmtree(temporary, ignore_errors=True)  # renamed by now, unless something failed
         return reason
 
@@ -86,8 +98,9 @@ class CheckpointWriter:
         return self.saving is not None and self.saving.done() and self.saving.result() is not None
 
     def wait(self):
-        """-> the path of the last checkpoint, when it is on the disk. Raises UserError, on all ranks."""
-        reason, self.saving = broadcast_object(self.saving and self.saving.result()), None
+        """-> the path of the last checkpoint, once it is on the disk. Raises UserError, on all ranks."""
+        reason = broadcast_object(self.saving.result() if self.saving else None)
+        self.saving = None
         if reason:
             raise UserError(self.failure(reason))
         return self.target
@@ -102,39 +115,51 @@ def try_call(function, *args):
     try:
         function(*args)
     except (CheckpointException, OSError, RuntimeError) as e:  # the first is a BaseException
-        e = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
-        return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        cause = first_cause(e)
+        return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+
+
+def first_cause(error):
+    """What happened on the first rank that failed, if DCP reports for all of them."""
+    if isinstance(error, CheckpointException):
+        return next(iter(error.failures.values()))[0]
+    return error
 
 
 def prepare_folder(temporary):
     if rank() == 0:
-        for rest in (*temporary.parent.glob(".step_*.partial"), *temporary.parent.glob(".step_*.old")):
-            shutil.rmtree(rest, ignore_errors=True)  # left by saves that were killed
+        folder = temporary.parent
+        for leftover in [*folder.glob(".step_*.partial"), *folder.glob(".step_*.old")]:
+            shutil.rmtree(leftover, ignore_errors=True)  # of saves that were killed
         temporary.mkdir(parents=True)
 
 
 def commit_checkpoint(temporary, target, meta, keep_last, keep_every):
-    """Rank 0: the readable part, the manifest, the rename that makes all of it count; the oldest go."""
+    """Rank 0: the readable part, the manifest, the rename that makes it count; the oldest are deleted."""
     atomic_write_text(temporary / "meta.json", json.dumps(meta, indent=1))
-    files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
+    files = {}
+    for path in sorted(temporary.iterdir()):
+        files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     atomic_write_text(temporary / "manifest.json", json.dumps({"files": files}, indent=1))
     fsync_folder(temporary)
-    parts = {info.relative_path for info in SafeReader(temporary).read_metadata().storage_data.values()}
-    if missing := parts - set(os.listdir(temporary)):
+    metadata = SafeReader(temporary).read_metadata()
+    missing = {part.relative_path for part in metadata.storage_data.values()} - files.keys()
+    if missing:
         raise OSError(f"{min(missing)} is not there: all ranks must see the same folder")
     old = move_aside(target) if target.exists() else None  # the same step again, after a resume
     os.replace(temporary, target)
     fsync_folder(target.parent)
     if old:
         shutil.rmtree(old, ignore_errors=True)
-    mine = [path for path in step_folders(target.parent) if path.name <= target.name]  # later ones are damaged
-    for path in mine[keep_last:]:
-        if not keep_every or int(path.name[5:]) % keep_every:
+    # Later checkpoints than ours are damaged ones: they do not count among those to keep.
+    ours = [path for path in step_folders(target.parent) if path.name <= target.name]
+    for path in ours[keep_last:]:
+        if not keep_every or step_of(path) % keep_every:
             shutil.rmtree(move_aside(path), ignore_errors=True)
 
 
 def move_aside(path):
-    """Rename a checkpoint that shall go: a kill amid its deletion leaves no half folder called step_*."""
+    """Rename a checkpoint before it is deleted: a kill in between leaves no half folder called step_*."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.replace(path, old)
@@ -142,7 +167,7 @@ def move_aside(path):
 
 
 def sha256(path):
-    """Reads the file once more: about a second per gigabyte, which a checkpoint is worth."""
+    """Reads the file once more: about a second per gigabyte."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -155,17 +180,24 @@ def fsync_folder(path):
         os.close(descriptor)
 
 
+def step_of(path):
+    return int(path.name.removeprefix("step_"))
+
+
 def step_folders(folder):
     """All step_* folders, newest first."""
-    return sorted((p for p in Path(folder).glob("step_*") if p.name[5:].isdigit()), reverse=True)
+    folders = [path for path in Path(folder).glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return sorted(folders, reverse=True)
 
 
 def newest_intact(folder):
-    """-> the newest intact checkpoint, or None; says why it passes over a newer one. Reads all its bytes."""
+    """-> the newest intact checkpoint, or None; warns of newer ones that are damaged. Reads all its bytes."""
     intact = None  # rank 0 decides, all ranks get the answer
     if rank() == 0:
-        for path in [*sorted(Path(folder).glob(".step_*.partial"))[-1:], *step_folders(folder)]:
-            if not (reason := find_damage(path)):
+        interrupted = sorted(Path(folder).glob(".step_*.partial"))[-1:]
+        for path in [*interrupted, *step_folders(folder)]:
+            reason = find_damage(path)
+            if not reason:
                 intact = path
                 break
             print(f"warning: passed over the checkpoint {path}: {reason}", file=sys.stderr)
@@ -173,7 +205,7 @@ def newest_intact(folder):
 
 
 def find_damage(path):
-    """What is wrong with a checkpoint, in a few words; None if every file is as it was written."""
+    """The damage of a checkpoint in a few words; None if every file is as it was written."""
     if path.suffix == ".partial":
         return "its save was interrupted"
     try:
@@ -196,15 +228,17 @@ def find_damage(path):
 def load_checkpoint(path, state):
     """Fill `state` (structured as it was saved) in place -> the content of meta.json.
 
-    A part of the top level, such as {"teacher": ...}, may be restored alone. Raises UserError with the first
+    A part of the top level, such as {"teacher": ...}, may be loaded alone. Raises UserError with the first
     entries whose names or shapes differ, before anything is overwritten.
     """
     try:
         dcp.load(state, storage_reader=SafeReader(path), planner=CheckedPlanner())
         return json.loads((Path(path) / "meta.json").read_text(encoding="utf-8"))
     except (CheckpointException, OSError, ValueError) as e:
-        e = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
-        reason = str(e) if isinstance(e, UserError) else f"cannot be read ({type(e).__name__}: {e})"
+        cause = first_cause(e)
+        reason = f"cannot be read ({type(cause).__name__}: {cause})"
+        if isinstance(cause, UserError):
+            reason = str(cause)
         raise UserError(f"the checkpoint {path} {reason}") from None
 
 
@@ -226,15 +260,18 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class CheckedPlanner(dcp.DefaultLoadPlanner):
-    """DCP's plan of what to load: names and shapes are compared first, values load with weights_only."""
+    """DCP's plan for loading: names and shapes are compared first, values load with weights_only."""
 
     def set_up_planner(self, state_dict, metadata=None, is_coordinator=False):
         super().set_up_planner(state_dict, metadata, is_coordinator)
-        saved = {k: m for k, m in metadata.state_dict_metadata.items() if k.split(".")[0] in state_dict}
-        there = {k: tuple(m.size) if hasattr(m, "size") else "a value" for k, m in saved.items()}
-        ours = self.state_dict.items()
-        here = {k: tuple(v.size()) if isinstance(v, torch.Tensor) else "a value" for k, v in ours}
-        differ = [k for k in here | there if here.get(k) != there.get(k)]
+        there = {}
+        for name, saved in metadata.state_dict_metadata.items():
+            if name.split(".")[0] in state_dict:
+                there[name] = tuple(saved.size) if hasattr(saved, "size") else "a value"
+        here = {}
+        for name, value in self.state_dict.items():
+            here[name] = tuple(value.size()) if isinstance(value, torch.Tensor) else "a value"
+        differ = [name for name in here | there if here.get(name) != there.get(name)]
         if differ:
             no = "nothing"
             first = [f"{k}: {there.get(k, no)} there, {here.get(k, no)} here" for k in differ[:3]]
@@ -243,10 +280,10 @@ class CheckedPlanner(dcp.DefaultLoadPlanner):
 
     def load_bytes(self, read_item, value):
         *keys, last = self.mappings[read_item.dest_index.fqn]
-        place = self.original_state_dict
+        entry = self.original_state_dict
         for key in keys:
-            place = place[key]
-        place[last] = torch.load(value, weights_only=True)
+            entry = entry[key]
+        entry[last] = torch.load(value, weights_only=True)
 
 
 def save_teacher(path, tensors, arch):
@@ -256,55 +293,74 @@ def save_teacher(path, tensors, arch):
     fsync_folder(path.parent)
 
 
-# ---------------------------------------------------------------- what a run consists of
+# ---------------------------------------------------------------- the state of a run
 
 
-def checkpoint_state(t):
-    """Everything that the next step depends on, as named tensors."""
-    return {"student": t.student.state_dict(), "teacher": t.ema.state_dict(),
-            "dino_center": t.dino_center.state_dict(), "ibot_center": t.ibot_center.state_dict(),
-            "optimizer": get_optimizer_state_dict(t.student, t.optimizer), "scaler": t.scaler.state_dict(),
-            "step": t.step}  # fmt: skip
+def checkpoint_state(state):
+    """Everything in a TrainState that the next step depends on, as named tensors."""
+    return {
+        "student": state.student.state_dict(),
+        "teacher": state.ema.state_dict(),
+        "dino_center": state.dino_center.state_dict(),
+        "ibot_center": state.ibot_center.state_dict(),
+        "optimizer": get_optimizer_state_dict(state.student, state.optimizer),
+        "scaler": state.scaler.state_dict(),
+        "step": state.step,
+    }
 
 
-def resume(t, folder):
+def resume(state, folder):
     """Continue from the newest intact checkpoint, if there is one -> its meta.json, or {}."""
     path = newest_intact(folder)
     if path is None:
         return {}
-    state = checkpoint_state(t)
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in t.optimizer.param_groups]
-    meta = load_checkpoint(path, state)
-    set_optimizer_state_dict(t.student, t.optimizer, state["optimizer"])
-    for group, own in zip(t.optimizer.param_groups, settings):
+    loaded = checkpoint_state(state)
+    groups = state.optimizer.param_groups
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    meta = load_checkpoint(path, loaded)
+    set_optimizer_state_dict(state.student, state.optimizer, loaded["optimizer"])
+    for group, own in zip(state.optimizer.param_groups, settings):
         group.update(own)  # moments from the file, settings from the config
-    t.scaler.load_state_dict(state["scaler"])
-    t.step = state["step"]
+    state.scaler.load_state_dict(loaded["scaler"])
+    state.step = loaded["step"]
     return meta
 
 
 def save_checkpoint(writer, state, folder, cfg, logger):
-    """Begin to write a checkpoint to resume from, and the teacher as a plain file to use."""
+    """Start to write a checkpoint to resume from, and the teacher as a plain file to use."""
     meta = dict(seconds=logger.seconds, images=logger.images, bad=logger.num_bad_images)
-    keep = cfg.train.keep_last, cfg.train.keep_every
     teacher = folder / "teacher.pth", full_state_dict(state.ema), state.ema.backbone.arch
-    writer.start(folder / "checkpoints", state.step, checkpoint_state(state), meta, *keep, teacher=teacher)
+    writer.start(
+        folder / "checkpoints",
+        state.step,
+        checkpoint_state(state),
+        meta,
+        cfg.train.keep_last,
+        cfg.train.keep_every,
+        teacher,
+    )
 
 
 def full_state_dict(module):
     """A copy of a (sharded) module's state dict on the CPU of rank 0, nothing on the other ranks."""
-    pieces = ((k, to_full(v)) for k, v in module.state_dict().items())  # one at a time
-    return {k: v.to("cpu", copy=True) for k, v in pieces if rank() == 0}
+    tensors = {}
+    for name, shard in module.state_dict().items():
+        tensor = to_full(shard)  # one at a time, on all ranks
+        if rank() == 0:
+            tensors[name] = tensor.to("cpu", copy=True)
+    return tensors
 
 
-def gather_teacher(t):
-    """The teacher's backbone in one piece on rank 0, None on the other ranks; alone, itself."""
+def gather_teacher(state):
+    """The teacher's backbone in full on rank 0, None on the other ranks; without sharding, itself."""
+    teacher = state.ema.backbone
     if world_size() == 1:
-        return t.ema.backbone
-    tensors, device = full_state_dict(t.ema.backbone), to_local(t.ema.backbone.norm.weight).device
+        return teacher
+    tensors = full_state_dict(teacher)
+    device = to_local(teacher.norm.weight).device
     if rank() > 0:
         return None
     with torch.device("meta"):  # no numbers are drawn, only to be overwritten
-        backbone = VisionTransformer(**t.ema.backbone.arch)
+        backbone = VisionTransformer(**teacher.arch)
     backbone.load_state_dict(tensors, assign=True)
     return backbone.to(device).eval().requires_grad_(False)

@@ -100,7 +100,7 @@ def crop_and_resize(image, box, size, flip):
 
 
 def grayscale(x, _=None):
-    """(n, 3, h, w) -> (n, 1, h, w): .299 r + .587 g + .114 b, as Pillow. One channel is a third of the work."""
+    """(n, 3, h, w) -> (n, 1, h, w): .299 r + .587 g + .114 b, as Pillow. One channel: a third of the work."""
     r, g, b = x.chunk(3, dim=1)
     return torch.lerp(torch.lerp(g, b, 0.114 / 0.701), r, 0.299)
 
@@ -110,7 +110,8 @@ def brightness(x, factor):
 
 
 def contrast(x, factor):
-    mean_gray = grayscale(x.mean((2, 3), keepdim=True))  # gray of the mean colour = mean of the gray, one pass
+    # The gray of the mean colour is the mean of the gray, in one pass less.
+    mean_gray = grayscale(x.mean((2, 3), keepdim=True))
     return torch.lerp(mean_gray, x, factor, out=x).clamp_(0, 255)
 
 
@@ -188,8 +189,8 @@ def imagenet_statistics(device):
 
 
 def photometric(crops, colors):
-    """uint8 (n, 3, h, w) on any device, colors (n, 11) of `sample_crop_params` on the CPU -> normalised float32."""
-    # On a GPU, or if they are small, in one batch; a large image alone, which stays in a CPU's cache all the way.
+    """uint8 (n, 3, h, w) on any device, colors (n, 11) on the CPU -> normalised float32 (n, 3, h, w)."""
+    # In one batch on a GPU, or if they are small; a large image alone, so that it stays in a CPU's cache.
     augment = augment_batched if crops.is_cuda or crops.shape[-1] < 64 else augment_one_by_one
     mean, std = imagenet_statistics(crops.device)
     offset = -mean / std
@@ -241,7 +242,7 @@ def augment_batched(crops, colors):
 
 
 def sample_masks(cfg, step, positions, crops):
-    """The masks of some positions among the `crops` = 2G global crops of a step -> a part of make_loader's dict.
+    """The masks of some positions among the `crops` = 2G global crops of a step: a part of a loader's dict.
 
     Published: floor(crops * probability) crops are masked, the k-th at a ratio from the k-th of equal slices
     of [low, high]; then all are shuffled. Here the slices lie over the *global* batch, each rank computes its
@@ -271,7 +272,7 @@ def sample_masks(cfg, step, positions, crops):
 
 
 def sample_block_mask(rng, side, count, largest_block):
-    """About `count` of side x side patches, in overlapping blocks of 4 to `largest_block` -> bool (side, side).
+    """About `count` of side x side patches, in blocks of 4 to `largest_block` -> bool (side, side).
 
     The published generator's random calls, in its order. It may stop a few patches short: see sample_masks.
     """
@@ -324,7 +325,7 @@ def permuted_index(secret, index, n):
 
 
 class MultiCropDataset(torch.utils.data.Dataset):
-    """`self[step, micro]` -> this rank's micro-batch, crops still uint8; a pure function of the two numbers."""
+    """`self[step, micro]` -> this rank's micro-batch, crops still uint8; a function of the two numbers."""
 
     def __init__(self, dataset, cfg, rank=0, world=1):
         self.dataset = dataset
@@ -337,7 +338,7 @@ class MultiCropDataset(torch.utils.data.Dataset):
         self.cache_room = CACHE_BYTES
 
     def load_sample(self, i, bad):
-        """Image of sample i -> uint8 (3, H, W). An unreadable one goes to `bad`, and another takes its place."""
+        """Sample i -> uint8 (3, H, W). An unreadable image goes to `bad`, and another takes its place."""
         seed = self.cfg.train.seed
         n = len(self.dataset)
         worker = torch.utils.data.get_worker_info()
@@ -364,7 +365,7 @@ class MultiCropDataset(torch.utils.data.Dataset):
         raise UserError(f"ten images in a row cannot be read, the last was {path} ({reason})")
 
     def __getitem__(self, step_and_micro):
-        """(step, micro) -> dict: views and colors (of global, of local crops), masks, samples, bad; see make_loader."""
+        """(step, micro) -> dict: views and colors (of global, of local crops), the rest as make_loader's."""
         step, micro = step_and_micro
         crops = self.cfg.crops
         B = self.cfg.train.batch_size_per_gpu
@@ -373,7 +374,8 @@ class MultiCropDataset(torch.utils.data.Dataset):
         counts = (2, crops.local_crops_number)
         sizes = (crops.global_crops_size, crops.local_crops_size)
         views = [torch.empty(B * count, 3, s, s, dtype=torch.uint8) for count, s in zip(counts, sizes)]
-        samples = range(step * global_batch + first, step * global_batch + first + B)
+        first_sample = step * global_batch + first
+        samples = range(first_sample, first_sample + B)
         colors = []
         bad = []
         for position, i in enumerate(samples):
@@ -386,9 +388,10 @@ class MultiCropDataset(torch.utils.data.Dataset):
                 row = (v - 2 * local) * B + position  # crop-major: crop 1 of all images, then crop 2 of all
                 views[local][row] = crop_and_resize(image, box, sizes[local], flip)
         colors = torch.stack(colors, 1).split(counts)  # (2, B, 11), (L, B, 11)
-        positions = [crop * global_batch + first + j for crop in (0, 1) for j in range(B)]
-        masks = sample_masks(self.cfg, step, positions, 2 * global_batch)
         colors = [x.flatten(0, 1) for x in colors]
+        ours = range(first, first + B)
+        positions = [*ours, *(global_batch + position for position in ours)]  # of crop 1, of crop 2
+        masks = sample_masks(self.cfg, step, positions, 2 * global_batch)
         return dict(masks, views=views, colors=colors, samples=torch.tensor(samples), bad=bad)
 
 
@@ -405,13 +408,12 @@ def make_loader(cfg, dataset, device, start_step=0, rank=0, world=1):
     """
     crops = MultiCropDataset(dataset, cfg, rank, world)
     workers = cfg.train.num_workers
-    order = ((step, micro) for step in itertools.count(start_step) for micro in range(cfg.train.accumulate))
     loader = torch.utils.data.DataLoader(
-        crops, batch_size=None, sampler=order, num_workers=workers,
+        crops, batch_size=None, sampler=steps_from(start_step, cfg.train.accumulate), num_workers=workers,
         timeout=LOADER_TIMEOUT if workers else 0, pin_memory="cuda" in str(device))  # fmt: skip
     batches = iter(loader)
-    # On a GPU the next batch is copied and coloured in a side stream, beside the step that uses this one. Each
-    # stream waits for the other's earlier work, so no memory is reused too early. A CPU's streams do nothing.
+    # On a GPU the next batch is copied and coloured in a side stream, during the step that uses this one.
+    # Each stream waits for the other's earlier work, so no memory is reused too early. A CPU's do nothing.
     streams = torch.get_device_module(device)
     side_stream = streams.Stream()
     upcoming = None
@@ -425,6 +427,14 @@ def make_loader(cfg, dataset, device, start_step=0, rank=0, world=1):
             upcoming = batch_or_error(batches, crops, device)
         if batch:
             yield batch
+
+
+def steps_from(step, accumulate):
+    """(step, micro) without end: what MultiCropDataset is asked for."""
+    while True:
+        for micro in range(accumulate):
+            yield step, micro
+        step += 1
 
 
 def batch_or_error(batches, crops, device):

@@ -1,9 +1,9 @@
-"""Processes that train together: their start, and the few collectives that the method needs.
+"""Processes that train together: start, collectives, FSDP2, compilation and activation checkpointing.
 
 Started by `torchrun --nproc_per_node 8 train.py`, every process (a "rank") finds its number in the
-environment. Started alone, there is no process group and every function here is a no-op, so nobody asks "are
-we distributed?" elsewhere. What is unusual: flags and objects travel on the CPU (gloo) even when tensors
-travel between GPUs (NCCL), so a stop signal or a decision of rank 0 costs no GPU synchronisation.
+environment. Started alone, there is no process group and every function here is a no-op, so no other file
+asks "are we distributed?". Flags and objects travel on the CPU (gloo) even when tensors travel between GPUs
+(NCCL): a stop signal or a decision of rank 0 costs no GPU synchronisation.
 """
 
 import os
@@ -24,20 +24,22 @@ from config import UserError
 DIST_TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 evaluates, or writes a large checkpoint
 
 
-def setup(wish="auto"):
-    """Join the process group, if torchrun made one. `wish`: auto, cpu or cuda -> this process's
-    torch.device."""
-    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    shared, restarts = (os.environ.get(f"TORCHELASTIC_{x}", "0") for x in ("USE_AGENT_STORE", "MAX_RESTARTS"))
-    if shared == "True" and int(restarts) and os.environ.get("RANK", "0") == "0":
-        say = "note: torchrun's --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (docs/faults.md)"
-        print(say, file=sys.stderr)
-    if wish == "cuda" and not gpus:
+def setup(device="auto"):
+    """Join torchrun's process group, if there is one. `device`: auto, cpu or cuda -> a torch.device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count()
+    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if shared_store and restarts and os.environ.get("RANK", "0") == "0":
+        print("note: torchrun's --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (docs/faults.md)",
+              file=sys.stderr)  # fmt: skip
+    if device == "cuda" and not gpus:
         raise UserError("speed.device is cuda, but PyTorch sees no GPU: take cpu, or a CUDA build")
-    device = torch.device("cuda", local) if gpus and wish != "cpu" else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if gpus and device != "cpu" else torch.device("cpu")
     if device.type == "cuda":
-        if local >= gpus:
-            raise UserError(f"process {local} has no GPU, there are {gpus}: take --nproc_per_node {gpus}")
+        if local_rank >= gpus:
+            remedy = f"take --nproc_per_node {gpus}"
+            raise UserError(f"process {local_rank} has no GPU, there are {gpus}: {remedy}")
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -64,9 +66,9 @@ def all_reduce(tensor, op="sum"):
 def shard(model, device, dtype=torch.float32):
     """Give each rank 1 / world_size() of every tensor of a meta model (FSDP2, "ZeRO-3"), memory on `device`.
 
-    A block's weights are gathered when it is called, in `dtype`, and dropped again; gradients are averaged in
+    A block's weights are gathered when it is called, in `dtype`, and freed again; gradients are averaged in
     fp32 on the way back to their owners. The model keeps its parameter names and knows nothing of this. Its
-    numbers are not set: see `fill`.
+    values are not set: see `copy_to_sharded`.
     """
     if not dist.is_initialized():
         return model.to_empty(device=device)
@@ -121,10 +123,10 @@ def apply_activation_checkpointing(blocks, mode="off"):
 
 
 def copy_to_sharded(parameter, value):
-    """Copy a whole tensor into a parameter; into a sharded one, this rank's part of it (no communication)."""
+    """Copy a full tensor into a parameter; into a sharded one, this rank's part of it (no communication)."""
     if isinstance(parameter, DTensor):
-        mesh, placements = parameter.device_mesh, parameter.placements
-        value = distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+        value = value.to(parameter.device)
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(value)
 
 
@@ -134,21 +136,21 @@ def to_local(tensor):
 
 
 def to_full(tensor):
-    """A sharded tensor in one piece, on every rank: all of them must ask. A plain tensor as it is."""
+    """A sharded tensor in full, on every rank: all of them must call. A plain tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def all_reduce_ints(*numbers):
-    """Each number (or flag) summed over all ranks -> ints. Between the hosts: no GPU is asked."""
+    """Each number (or flag) summed over all ranks -> ints. Between the hosts, without the GPUs."""
     return all_reduce(torch.tensor([int(n) for n in numbers])).tolist()
 
 
 def broadcast_object(value):
     """Rank 0's `value` on every rank: a path, a sentence, None. Pickled between our own processes only."""
-    box = [value]
+    values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
 
 
 def cleanup():

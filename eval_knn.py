@@ -27,7 +27,7 @@ TEMPERATURE = 0.07
 
 
 def knn_scores(bank, bank_labels, queries, classes, ks=KS, temperature=TEMPERATURE, chunk=1024):
-    """Votes per class: bank (n, D), queries (m, D), both L2-normalised; labels (n,) -> {k: (m, classes)}.
+    """Votes per class: bank (n, D), queries (m, D), both L2-normalised -> {k: (m, classes)}.
 
     The softmax runs over the largest k, and smaller k take the first of its weights (a fact of the published
     protocol). A bank smaller than k simply has fewer neighbours.
@@ -55,7 +55,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, ks=KS):
 
 
 def keep_labelled(features, labels):
-    """The rows whose label is known (0 or more); k-NN has no use for the others. Raises UserError for none."""
+    """The rows whose label is known (0 or more), which are what k-NN can use. UserError if there are none."""
     known = labels >= 0
     if not known.any():
         raise UserError("none of the evaluation images can be read and has a label, as k-NN needs")
@@ -176,7 +176,9 @@ def print_predictions(backbone, bank, queries, photos, k):
     readable = [i for i in range(len(images)) if i not in images.bad]
     for i, label, votes in zip(readable, predicted.tolist(), share.tolist()):
         _, hit_rate, count = bins[min(int(votes * len(bins)), len(bins) - 1)]
-        often = f"right in {hit_rate:.0%} of {count} queries with such a share" if count else "no query had one"
+        often = "no query had one"
+        if count:
+            often = f"right in {hit_rate:.0%} of {count} queries with such a share"
         print(f"{sample_name(photos, i)}: {names[label]}, {votes:.0%} of the votes ({often})")
     print(f"expected calibration error on {len(labels)} queries: {error:.3f}")
     return images, predicted, share, neighbours, (error, bins)
@@ -268,8 +270,8 @@ def parse_args():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--weights", default="runs/laptop", help="a run folder, a .pth file of weights, or a released name such "
-        "as dinov2_vits14_reg4; `random:` before it: the same network, untrained")  # fmt: skip
+    add("--weights", default="runs/laptop", help="a run folder, a .pth file of weights, or a released name "
+        "such as dinov2_vits14_reg4; `random:` before it: the same network, untrained")  # fmt: skip
     add_eval_args(parser)
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or shards to classify")
     add("--k", type=int, default=20, help="how many neighbours vote on --predict")

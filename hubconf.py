@@ -3,7 +3,7 @@
     torch.hub.load("PATH/TO/nanodino", "vits14_reg", source="local", weights="runs/vits14")
 
 Nothing is fetched unless `pretrained=True` asks for Meta's file. Without that, and without `weights`, the
-numbers are random. `weights` is whatever features.load_backbone reads, and must be of this size. While it
+backbone is untrained. `weights` is whatever features.load_backbone reads, and must be of this size. While it
 loads, this folder comes first on Python's path: if your project has already imported a `model` or `config`
 of its own, that one would be taken for ours.
 """
@@ -15,16 +15,11 @@ _BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
 
 
 def _download(name):
-    """Fetch one of Meta's released files, unless it is there -> its path. Raises UserError."""
-    import os
+    """Fetch one of Meta's released files, unless it is in the cache -> its path. Raises UserError."""
     from http.client import HTTPException
-    from urllib.request import urlopen
-
-    from tqdm import tqdm
 
     from config import UserError
     from features import released_file, released_name
-    from runfolder import atomic_open
 
     stem = released_name(name)
     if stem is None:
@@ -35,19 +30,32 @@ def _download(name):
         return path
     url = f"{_BASE_URL}/{stem.removesuffix('_reg4')}/{path.name}"
     try:
-        with urlopen(url, timeout=30) as answer, atomic_open(path, f".{os.getpid()}") as f:
-            size = int(answer.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-                while piece := answer.read(1 << 20):
-                    if not f.tell() and piece[:1] not in (b"P", b"\x80"):  # neither a zip nor a pickle
-                        raise OSError("a web page came instead")
-                    f.write(piece)
-                    bar.update(len(piece))
-            if size and f.tell() != size:
-                raise OSError(f"it ended after {f.tell()} of {size} bytes")
+        _fetch(url, path)
     except (OSError, HTTPException, ValueError) as e:
         raise UserError(f"{url} cannot be fetched ({e}): fetch it elsewhere and put it at {path}") from None
     return path
+
+
+def _fetch(url, path):
+    """Write what the URL holds to `path`, once all of it is there. OSError if it is no weights file."""
+    import os
+    from urllib.request import urlopen
+
+    from tqdm import tqdm
+
+    from runfolder import atomic_open
+
+    with urlopen(url, timeout=30) as answer, atomic_open(path, f".{os.getpid()}") as f:
+        size = answer.headers.get("Content-Length")
+        size = int(size) if size else None
+        with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+            for piece in iter(lambda: answer.read(1 << 20), b""):
+                if f.tell() == 0 and piece[:1] not in (b"P", b"\x80"):  # neither a zip nor a pickle
+                    raise OSError("a web page came instead")
+                f.write(piece)
+                bar.update(len(piece))
+        if size and f.tell() != size:
+            raise OSError(f"it ended after {f.tell()} of {size} bytes")
 
 
 def _load(stem, pretrained=False, weights=None):
@@ -62,9 +70,9 @@ def _load(stem, pretrained=False, weights=None):
     if weights is None:
         weights = _download(stem)
     backbone = load_backbone(weights)
-    asked = {key: arch[key] for key in ("embed_dim", "depth", "num_heads")}
-    asked["num_register_tokens"] = arch.get("num_register_tokens", 0)
-    differ = any(backbone.arch[key] != value for key, value in asked.items())
+    expected = {key: arch[key] for key in ("embed_dim", "depth", "num_heads")}
+    expected["num_register_tokens"] = arch.get("num_register_tokens", 0)
+    differ = any(backbone.arch[key] != value for key, value in expected.items())
     if differ or backbone.patch_size != 14:
         raise UserError(f"{weights} holds a {describe_backbone(backbone)}, not the {stem} of this entry")
     return backbone

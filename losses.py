@@ -1,6 +1,6 @@
-"""What DINOv2 asks of its student: the DINO, iBOT and KoLeo losses, and two ways to make their targets.
+"""The objective of DINOv2: the DINO, iBOT and KoLeo losses, and the two ways to make their targets.
 
-What is unusual here:
+Three things to know:
 - everything is computed in fp32, whatever type the network runs in: a softmax over 131,072 prototypes needs
   it, and KoLeo in fp16 is infinite as soon as two images of a batch look alike;
 - Sinkhorn-Knopp is three lines per iteration: the normalisations by the number of samples and of prototypes
@@ -9,9 +9,8 @@ What is unusual here:
   meets its targets once instead of twice.
 
 Read top to bottom: targets (centering or Sinkhorn-Knopp), the three losses, the instruments that show
-collapse. Facts that decode a log: a student that knows nothing has a cross-entropy of ln K. A run that
-*stays* at ln K has collapsed to the uniform answer; a loss that falls to zero has collapsed to a single
-prototype.
+collapse. To read a log: a student that knows nothing has a cross-entropy of ln K. A run that *stays* at ln K
+has collapsed to the uniform distribution; a loss that falls to zero has collapsed to a single prototype.
 """
 
 import math
@@ -95,7 +94,7 @@ def cross_entropy(student_logits, targets, student_temp=0.1):
 
 
 def dino_loss(student_global, student_local, targets, student_temp=0.1):
-    """Each crop of the student must predict what the teacher says of the *other* global crop(s) (DINO eq. 3).
+    """Each crop of the student must predict the teacher's output for the *other* global crop(s) (DINO eq. 3).
 
     student_global (2, B, K), student_local (L, B, K) or None, targets (2, B, K) -> two scalars: the local and
     the global share of the mean over all ordered pairs (student crop, teacher crop) that are not the same
@@ -113,7 +112,7 @@ def dino_loss(student_global, student_local, targets, student_temp=0.1):
 
 
 def ibot_loss(student_logits, targets, weights, images, student_temp=0.1):
-    """A masked patch of the student must predict what the teacher, who sees all, says there (iBOT eq. 2).
+    """A masked patch of the student must predict the teacher's output, who sees that patch (iBOT eq. 2).
 
     student_logits and targets (M, K) of the masked patches, weights (M,) = 1 / (masked patches of the same
     crop), images = all 2 B global crops, masked or not -> scalar. Crops without a mask add nothing but count:
@@ -172,11 +171,11 @@ def collapse_metrics(targets, student_logits, features, student_temp=0.1):
 
 
 def collapse_warning(entropy, entropy_mean):
-    """A plain sentence if the teacher's answers have collapsed, else None. Both entropies are over ln K."""
+    """A sentence if the teacher's outputs have collapsed, else None. Both entropies are over ln K."""
     if entropy_mean < 0.1:
-        return ("collapsed to one-hot: every image gets one prototype, and the loss looks splendid; "
+        return ("collapsed to one-hot: every image gets the same prototype, so the loss looks great; "
                 "try train.centering=sinkhorn_knopp, a higher teacher_temp or a lower base_lr")  # fmt: skip
     if entropy > 0.99:
-        return ("collapsed to uniform: the teacher has no opinion, and the loss sits at ln K; "
+        return ("collapsed to uniform: all prototypes are equally likely, and the loss sits at ln K; "
                 "try a lower teacher_temp, fewer prototypes, or a higher base_lr")  # fmt: skip
     return None

@@ -1,12 +1,12 @@
 """The Vision Transformer with register tokens, and the DINO head. All of the network is in this file.
 
-What is unusual here, compared with a textbook ViT:
+Compared with a textbook ViT:
 - register tokens sit between [CLS] and the patches and have no position (Darcet et al. 2023, "Vision
   Transformers Need Registers"); the order is [CLS, registers x R, patches x N];
-- several resolutions run in one pass (`forward_crops`): the tokens of all crops lie end to end, so that
-  norms, linears and MLPs see one large matrix; only attention looks at one group of equal length at a time;
+- several resolutions run in one pass (`forward_crops`): the tokens of all crops lie end to end, so norms,
+  linears and MLPs see one large matrix; only attention works on one group of equal length at a time;
 - stochastic depth drops images from the *computation* of a branch, not only from its result (section 5);
-- parameter names are DINOv2's own, so that Meta's released files load with strict=True and without renaming.
+- parameter names are DINOv2's own: Meta's released files load with strict=True, without renaming.
 
 Legend, used in every file: B images, V views, N patches, R registers, D width, H heads, K prototypes, M
 masked patches, L local crops, T tokens of all crops together. A ViT-B/16 with 4 registers: image 3 x 224 x
@@ -35,10 +35,10 @@ SIZES = {  # DINOv2 Table 17 (which prints 18 blocks for B: a misprint, code and
 
 
 class Tokens(NamedTuple):
-    """What a backbone says about a batch of images: the one contract that everything downstream speaks."""
+    """The output of a backbone for a batch of images: all that anything downstream needs."""
 
-    cls: torch.Tensor  # (B, D)    the image
-    registers: torch.Tensor  # (B, R, D) scratch space, to be thrown away
+    cls: torch.Tensor  # (B, D) the image
+    registers: torch.Tensor  # (B, R, D) scratch space of the network, not used downstream
     patches: torch.Tensor  # (B, N, D) one vector per patch, row by row
 
 
@@ -96,10 +96,13 @@ class LayerScale(nn.Module):
 
 
 def to_autocast_dtype(x):
-    """x in autocast's type, where it is on: tokens flow from block to block in 16 bits, as the authors' do.
-    Autocast by itself would add every branch to fp32, twice the bytes for the largest tensors of a step."""
-    off = x.is_meta or not torch.is_autocast_enabled(x.device.type)
-    return x if off else x.to(torch.get_autocast_dtype(x.device.type))
+    """x in autocast's type, if autocast is on: tokens flow between blocks in 16 bits, as the authors' do.
+
+    Autocast by itself would add every branch to fp32, twice the bytes for the largest tensors of a step.
+    """
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def drop_path(x, groups, branch, rate):
@@ -109,7 +112,10 @@ def drop_path(x, groups, branch, rate):
     draws its own subset of k = max(floor(b (1 - rate)), 1) images, and the residual is scaled by b / k, so
     its expectation is unchanged. x (T, D), groups [(b, length), ...] -> (T, D).
     """
-    rows, scales, kept_groups, start = [], [], [], 0
+    rows = []
+    scales = []
+    kept_groups = []
+    start = 0
     for b, length in groups:
         k = max(int(b * (1 - rate)), 1)
         kept = torch.randperm(b, device=x.device)[:k]
@@ -202,18 +208,19 @@ class VisionTransformer(nn.Module):
 
     def interpolate_pos_embed(self, h, w):
         """The position embedding for a grid of h x w patches: (1, 1 + h w, D), bicubic, in fp32."""
-        N, D = self.pos_embed.shape[1] - 1, self.embed_dim
-        M = math.isqrt(N)  # native grid M x M
-        if (h, w) == (M, M):
+        side = math.isqrt(self.pos_embed.shape[1] - 1)  # of the native grid
+        if (h, w) == (side, side):
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].float().reshape(1, M, M, D).permute(0, 3, 1, 2)  # (1, D, M, M)
-        how = dict(mode="bicubic", align_corners=False, antialias=self.interpolate_antialias)
-        if self.interpolate_offset:  # it shifts the sampling grid too, so size= would not be the same thing
-            factor = ((h + self.interpolate_offset) / M, (w + self.interpolate_offset) / M)
-            grid = F.interpolate(grid, scale_factor=factor, **how)
+        grid = self.pos_embed[:, 1:].float().unflatten(1, (side, side))  # (1, side, side, D)
+        grid = grid.permute(0, 3, 1, 2)
+        options = dict(mode="bicubic", align_corners=False, antialias=self.interpolate_antialias)
+        offset = self.interpolate_offset
+        if offset:  # it shifts the sampling grid too, so size= would not be the same thing
+            factors = ((h + offset) / side, (w + offset) / side)
+            grid = F.interpolate(grid, scale_factor=factors, **options)
         else:
-            grid = F.interpolate(grid, size=(h, w), **how)
-        patches = grid.permute(0, 2, 3, 1).reshape(1, h * w, D).to(self.pos_embed.dtype)
+            grid = F.interpolate(grid, size=(h, w), **options)
+        patches = grid.permute(0, 2, 3, 1).flatten(1, 2).to(self.pos_embed.dtype)  # (1, h w, D)
         return torch.cat([self.pos_embed[:, :1], patches], dim=1)
 
     def embed(self, images, masks=None):
@@ -222,9 +229,8 @@ class VisionTransformer(nn.Module):
         p = self.patch_size
         if height % p or width % p:
             fits = f"{max(width // p, 1) * p} x {max(height // p, 1) * p}"
-            raise UserError(
-                f"an image of {width} x {height} does not divide into {p} x {p} patches: make it {fits}"
-            )
+            raise UserError(f"an image of {width} x {height} does not divide into {p} x {p} patches: "
+                            f"make it {fits}")  # fmt: skip
         x = self.patch_embed(images)
         if masks is not None:  # before the position is added: a masked patch still knows where it is
             x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
@@ -238,7 +244,8 @@ class VisionTransformer(nn.Module):
         """images (B, 3, h p, w p), masks (B, N) bool or None -> Tokens. Lists of both: see forward_crops."""
         if torch.is_tensor(images):
             return self.forward([images], [masks])[0]
-        embedded = [self.embed(x, m) for x, m in zip(images, masks or [None] * len(images), strict=True)]
+        masks = masks or [None] * len(images)
+        embedded = [self.embed(x, mask) for x, mask in zip(images, masks, strict=True)]
         groups = [tuple(x.shape[:2]) for x in embedded]
         x = torch.cat([x.flatten(0, 1) for x in embedded])  # (T, D): all tokens of all crops, end to end
         for block in self.blocks:
@@ -250,19 +257,22 @@ class VisionTransformer(nn.Module):
 
         images: list of (B_i, 3, h_i p, w_i p); masks: list of (B_i, N_i) bool or None -> list of Tokens.
         """
-        return self(images, masks)  # not self.forward: FSDP hangs the gathering of weights on calls
+        return self(images, masks)  # not self.forward: FSDP gathers the weights in hooks of the call
 
     def split(self, x, groups):
         """(T, D) -> Tokens per group."""
         R = self.num_register_tokens
-        parts = x.split([b * n for b, n in groups])
-        parts = [part.view(b, n, self.embed_dim) for part, (b, n) in zip(parts, groups, strict=True)]
-        return [Tokens(part[:, 0], part[:, 1 : 1 + R], part[:, 1 + R :]) for part in parts]
+        outputs = []
+        for rows, group in zip(x.split([b * n for b, n in groups]), groups, strict=True):
+            tokens = rows.view(*group, self.embed_dim)  # (b, 1 + R + N, D)
+            outputs.append(Tokens(tokens[:, 0], tokens[:, 1 : 1 + R], tokens[:, 1 + R :]))
+        return outputs
 
     def attention_maps(self, images, layer=-1):
-        """Who looks at whom in one block: -> (B, H, T, T), T = [CLS, registers, patches], rows sum to 1."""
+        """The attention of one block: (B, H, T, T), T = [CLS, registers, patches]; each row sums to 1."""
         x = self.embed(images)
-        groups, x = [tuple(x.shape[:2])], x.flatten(0, 1)
+        groups = [tuple(x.shape[:2])]
+        x = x.flatten(0, 1)
         for block in self.blocks[:layer]:
             x = block(x, groups)
         block = self.blocks[layer]
@@ -271,13 +281,14 @@ class VisionTransformer(nn.Module):
     def intermediate(self, images, layers, norm=True):
         """The outputs of chosen blocks (0-based ids), after the final norm or raw -> list of Tokens."""
         x = self.embed(images)
-        groups, wanted = [tuple(x.shape[:2])], {}
+        groups = [tuple(x.shape[:2])]
         x = x.flatten(0, 1)
+        outputs = {}
         for i, block in enumerate(self.blocks):
             x = block(x, groups)
             if i in layers:
-                wanted[i] = self.split(self.norm(x) if norm else x, groups)[0]
-        return [wanted[i] for i in layers]
+                outputs[i] = self.split(self.norm(x) if norm else x, groups)[0]
+        return [outputs[i] for i in layers]
 
 
 # ---------------------------------------------------------------- the head
@@ -304,9 +315,11 @@ class DINOHead(nn.Module):
     def __init__(self, in_dim, out_dim, nlayers=3, hidden_dim=2048, bottleneck_dim=256, freeze_g=False):
         super().__init__()
         dims = [in_dim] + [hidden_dim] * (nlayers - 1) + [bottleneck_dim]
-        layers = [nn.Linear(a, b) for a, b in zip(dims, dims[1:], strict=False)]
-        spaced = [m for layer in layers for m in (layer, nn.GELU())][:-1]  # GELU between, none after the last
-        self.mlp = nn.Sequential(*spaced) if nlayers > 1 else layers[0]  # keys mlp.0/2/4.*, or mlp.* alone
+        layers = []
+        for fan_in, fan_out in zip(dims, dims[1:], strict=False):
+            layers += [nn.Linear(fan_in, fan_out), nn.GELU()]
+        layers.pop()  # no GELU after the last
+        self.mlp = nn.Sequential(*layers) if nlayers > 1 else layers[0]  # keys mlp.0/2/4.*, or mlp.* alone
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, freeze_g)
         init_weights(self)
 
@@ -317,25 +330,40 @@ class DINOHead(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """A backbone with its heads: what the student is, and what the teacher is a slow copy of.
+    """A backbone with its heads: the student, and in the same shape the teacher.
 
     Without a separate iBOT head, [CLS] and patches share one (the published default).
     """
 
     def __init__(self, cfg, drop_path_rate=0.0):
         super().__init__()
-        s = cfg.student
+        student = cfg.student
         self.backbone = VisionTransformer(
-            **SIZES[s.arch], patch_size=s.patch_size, num_register_tokens=s.num_register_tokens,
-            img_size=s.pos_embed_size or cfg.crops.global_crops_size,
-            ffn_layer="mlp" if s.ffn_layer == "mlp" else "swiglu", layerscale=s.layerscale,
-            interpolate_antialias=s.interpolate_antialias, interpolate_offset=s.interpolate_offset,
-            drop_path_rate=drop_path_rate, drop_path_uniform=s.drop_path_uniform)  # fmt: skip
-        for name, c in (("dino_head", cfg.dino), ("ibot_head", cfg.ibot)):
-            if name == "dino_head" or (cfg.ibot.separate_head and cfg.ibot.mask_sample_probability):
-                sizes = c.head_n_prototypes, c.head_nlayers, c.head_hidden_dim, c.head_bottleneck_dim
-                setattr(self, name, DINOHead(self.backbone.embed_dim, *sizes, cfg.dino.freeze_weight_g))
-        init_weights(self, s.init_std)
+            **SIZES[student.arch],
+            patch_size=student.patch_size,
+            img_size=student.pos_embed_size or cfg.crops.global_crops_size,
+            num_register_tokens=student.num_register_tokens,
+            ffn_layer="mlp" if student.ffn_layer == "mlp" else "swiglu",
+            layerscale=student.layerscale,
+            interpolate_antialias=student.interpolate_antialias,
+            interpolate_offset=student.interpolate_offset,
+            drop_path_rate=drop_path_rate,
+            drop_path_uniform=student.drop_path_uniform,
+        )
+        self.dino_head = self.make_head(cfg.dino, cfg)
+        if cfg.ibot.separate_head and cfg.ibot.mask_sample_probability:
+            self.ibot_head = self.make_head(cfg.ibot, cfg)
+        init_weights(self, student.init_std)
+
+    def make_head(self, section, cfg):
+        return DINOHead(
+            self.backbone.embed_dim,
+            section.head_n_prototypes,
+            section.head_nlayers,
+            section.head_hidden_dim,
+            section.head_bottleneck_dim,
+            cfg.dino.freeze_weight_g,
+        )
 
     def heads(self, cls, masked_patches):
         """cls (n, D), masked_patches (M, D) -> logits (n, K), (M, K). A shared head runs once over both."""
@@ -351,7 +379,8 @@ def init_weights(model, std=0.02, seed=None):
     The authors' distributions, for std 0.02. `seed`: that of torch.manual_seed, unless given. One tensor at a
     time is whole, on the CPU; nothing is drawn for a model on the meta device.
     """
-    seed, rng = torch.initial_seed() if seed is None else seed, torch.Generator()
+    seed = torch.initial_seed() if seed is None else seed
+    rng = torch.Generator()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -381,6 +410,5 @@ def initial_value(module, name, shape, std, rng):
 
 def describe_backbone(backbone):
     """'ViT of width 384, depth 12, patch 14, 4 registers, mlp' for messages."""
-    a = backbone.arch
-    return (f"ViT of width {a['embed_dim']}, depth {a['depth']}, patch {a['patch_size']}, "
-            f"{a['num_register_tokens']} registers, {a['ffn_layer']}")  # fmt: skip
+    shape = "ViT of width {embed_dim}, depth {depth}, patch {patch_size}".format(**backbone.arch)
+    return f"{shape}, {backbone.num_register_tokens} registers, {backbone.arch['ffn_layer']}"

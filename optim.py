@@ -1,9 +1,8 @@
-"""Everything that moves weights: parameter groups, the five schedules, gradient clipping, the teacher's
-moving average.
+"""Everything that moves weights: parameter groups, schedules, gradient clipping, the EMA of the teacher.
 
-What is unusual here: a schedule is a pure function of the step (no state to save, nothing to replay on
-resume), and "epoch" is the published convention of OFFICIAL_EPOCH_LENGTH steps, whatever the size of the data
-set. With --max-minutes the schedules are fitted into the time, so that they end before it does.
+A schedule is a pure function of the step: no state to save, nothing to replay on resume. An "epoch" is the
+published convention of OFFICIAL_EPOCH_LENGTH steps, whatever the size of the data set. With --max-minutes the
+schedules are fitted into the time, so that they end before it does.
 """
 
 import math
@@ -15,39 +14,47 @@ from tqdm import tqdm
 
 from distributed import broadcast_object, rank, to_full, to_local
 
+# Parameters below the first block.
+FIRST_LAYER = ("pos_embed", "cls_token", "mask_token", "register_tokens", "patch_embed")
+
 
 def param_group_multipliers(name, depth, layerwise_decay, patch_embed_lr_mult):
-    """(lr multiplier, weight-decay multiplier, which schedule its lr follows) of one parameter, by its name.
+    """(lr multiplier, weight-decay multiplier, name of its lr schedule) of one parameter, by its name.
 
     Early layers learn more slowly: tokens and patch embedding d^(n+1), block i d^(n-i), final norm and heads
-    1. The patch embedding gets another factor of 0.2. No decay on biases, norms and LayerScale, and on
-    nothing else is it left out: position embedding, tokens and prototypes do decay (facts of the published
-    code, not of the paper).
+    1. The patch embedding gets another factor of 0.2. Biases, norms and LayerScale do not decay; position
+    embedding, tokens and prototypes do (facts of the published code, not of the paper).
     """
-    lr, wd = 1.0, 1.0
-    tokens = ("pos_embed", "cls_token", "mask_token", "register_tokens", "patch_embed")
-    if any(t in name for t in tokens):
-        lr = layerwise_decay ** (depth + 1)
+    lr_mult = 1.0
+    if any(token in name for token in FIRST_LAYER):
+        lr_mult = layerwise_decay ** (depth + 1)
     elif "blocks." in name:
-        i = int(name.split("blocks.")[1].split(".")[0])
-        lr = layerwise_decay ** (depth - i)
+        block = int(name.split("blocks.")[1].split(".")[0])
+        lr_mult = layerwise_decay ** (depth - block)
     if "patch_embed" in name:
-        lr *= patch_embed_lr_mult
-    if name.endswith(".bias") or "norm" in name or "gamma" in name:
-        wd = 0.0
-    part = "last_layer_lr" if "last_layer" in name else "backbone_lr" if "backbone." in name else "lr"
-    return lr, wd, part
+        lr_mult *= patch_embed_lr_mult
+    decays = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
+    schedule = "lr"
+    if "last_layer" in name:
+        schedule = "last_layer_lr"
+    elif "backbone." in name:
+        schedule = "backbone_lr"
+    return lr_mult, 1.0 if decays else 0.0, schedule
 
 
 def make_optimizer(student, cfg):
     """AdamW over the student's parameters, grouped by equal multipliers; `set_rates` sets lr and decay."""
-    o, depth, groups = cfg.optim, len(student.backbone.blocks), {}
+    optim = cfg.optim
+    depth = len(student.backbone.blocks)
+    by_multipliers = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            key = param_group_multipliers(name, depth, o.layerwise_decay, o.patch_embed_lr_mult)
-            groups.setdefault(key, []).append(parameter)
-    groups = [dict(params=p, lr_mult=lr, wd_mult=wd, rate=part) for (lr, wd, part), p in groups.items()]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(o.adamw_beta1, o.adamw_beta2), fused=True)
+            key = param_group_multipliers(name, depth, optim.layerwise_decay, optim.patch_embed_lr_mult)
+            by_multipliers.setdefault(key, []).append(parameter)
+    groups = []
+    for (lr_mult, wd_mult, schedule), parameters in by_multipliers.items():
+        groups.append(dict(params=parameters, lr_mult=lr_mult, wd_mult=wd_mult, rate=schedule))
+    return torch.optim.AdamW(groups, lr=0.0, betas=(optim.adamw_beta1, optim.adamw_beta2), fused=True)
 
 
 def cosine_schedule(step, start, end, total, warmup=0):
@@ -70,33 +77,36 @@ def total_steps(cfg):
 
 def compute_schedules(cfg, step, world_size=1):
     """The numbers of a step: three learning rates, weight_decay, momentum, teacher_temp (Table 16)."""
-    o, t, epoch = cfg.optim, cfg.teacher, cfg.train.OFFICIAL_EPOCH_LENGTH
+    optim = cfg.optim
+    teacher = cfg.teacher
+    epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
     total = total_steps(cfg)
     batch = cfg.train.batch_size_per_gpu * cfg.train.accumulate * world_size  # images of one step, not crops
-    peak = o.base_lr * math.sqrt(batch / 1024)  # the one published scaling_rule
-    lr = cosine_schedule(step, peak, o.min_lr, total, round(o.warmup_epochs * epoch))
-    warm = round(t.warmup_teacher_temp_epochs * epoch)
-    progress = min(step / max(warm - 1, 1), 1.0) if step < warm else 1.0
+    peak_lr = optim.base_lr * math.sqrt(batch / 1024)  # the one published scaling_rule
+    lr = cosine_schedule(step, peak_lr, optim.min_lr, total, round(optim.warmup_epochs * epoch))
+    temp_warmup = round(teacher.warmup_teacher_temp_epochs * epoch)
+    progress = min(step / max(temp_warmup - 1, 1), 1.0) if step < temp_warmup else 1.0
+    temp_change = teacher.teacher_temp - teacher.warmup_teacher_temp
     return dict(
         lr=lr,
-        last_layer_lr=0.0 if step < o.freeze_last_layer_epochs * epoch else lr,
-        backbone_lr=0.0 if step < o.freeze_backbone_epochs * epoch else lr,
-        weight_decay=cosine_schedule(step, o.weight_decay, o.weight_decay_end, total),
-        momentum=cosine_schedule(step, t.momentum_teacher, t.final_momentum_teacher, total),
-        teacher_temp=t.warmup_teacher_temp + (t.teacher_temp - t.warmup_teacher_temp) * progress,
+        last_layer_lr=0.0 if step < optim.freeze_last_layer_epochs * epoch else lr,
+        backbone_lr=0.0 if step < optim.freeze_backbone_epochs * epoch else lr,
+        weight_decay=cosine_schedule(step, optim.weight_decay, optim.weight_decay_end, total),
+        momentum=cosine_schedule(step, teacher.momentum_teacher, teacher.final_momentum_teacher, total),
+        teacher_temp=teacher.warmup_teacher_temp + temp_change * progress,
     )
 
 
 class Deadline:
-    """Fits the schedules into the minutes that a run may take: one that is cut off never anneals.
+    """Fits the schedules into the minutes that a run may take: a run that is cut off never anneals.
 
-    The pace of the latest steps says how many more will fit; then all spans of the schedules (the run, its
-    warm-ups, what is frozen) change in proportion. Looked at again whenever a quarter more steps are done.
-    Without minutes (0) it does nothing. A run that turns slow near its end is cut off all the same.
+    The pace of the latest steps tells how many more will fit; then all spans of the schedules (the run, its
+    warm-ups, the freezes) change in proportion. Checked again whenever a quarter more steps are done. Without
+    minutes (0) it does nothing. A run that slows down near its end is still cut off.
     """
 
     SETTLE = 4  # steps that compile, and find full queues: their pace is not the run's
-    FIRST = 16  # steps until the first look
+    FIRST = 16  # steps until the first check
     MARGIN = 0.97  # share of the time that is planned
 
     def __init__(self, cfg, minutes, start):
@@ -109,7 +119,7 @@ class Deadline:
         self.next_look = start + self.FIRST
 
     def passed(self, step):
-        """Whether the time is over (never before the first step)."""
+        """Whether the time is up (never before the first step)."""
         over = self.seconds > 0 and step > self.start and time.monotonic() - self.began > self.seconds
         if over and rank() == 0:
             tqdm.write(f"the time is up: cut off at step {step} of {total_steps(self.cfg)}", file=sys.stderr)
@@ -151,14 +161,21 @@ def apply_schedules(optimizer, schedules):
 
 def clip_gradients(student, max_norm):
     """Clip the norm of backbone and heads separately (not jointly) -> {module: norm before clipping}."""
-    return {f"grad_{name}": to_full(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm or math.inf))
-            for name, module in student.named_children()}  # fmt: skip
+    norms = {}
+    for name, module in student.named_children():
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm or math.inf)
+        norms[f"grad_{name}"] = to_full(norm)
+    return norms
 
 
 @torch.no_grad()
 def update_teacher(teacher, student, momentum, found_inf):
-    """teacher <- m teacher + (1 - m) student, backbone and heads: one call over all tensors, on each rank its
-    shards. `found_inf` (0-dim tensor): 1 leaves the teacher as it is. That the host need not know it costs a GPU
-    one small kernel per tensor; with plain numbers as weights they would be fused."""
-    mine = [[to_local(p) for p in model.parameters()] for model in (teacher, student)]
-    torch._foreach_lerp_(*mine, [(1 - momentum) * (1 - found_inf)] * len(mine[0]))
+    """teacher <- m teacher + (1 - m) student, backbone and heads: one call over all tensors of this rank.
+
+    found_inf: a 0-dim tensor; 1 leaves the teacher as it is. It stays on the device, so the host does not
+    wait; the price on a GPU is one small kernel per tensor, where plain numbers as weights would be fused.
+    """
+    teacher_tensors = [to_local(parameter) for parameter in teacher.parameters()]
+    student_tensors = [to_local(parameter) for parameter in student.parameters()]
+    weight = (1 - momentum) * (1 - found_inf)
+    torch._foreach_lerp_(teacher_tensors, student_tensors, [weight] * len(teacher_tensors))

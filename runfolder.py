@@ -8,8 +8,8 @@
                 lock              the process that is writing here now
                 checkpoints/, teacher.pth (checkpoint.py), pictures
 
-Files are replaced atomically; a line that a crash tore is removed. Exit codes of train.py: 0 done; 1 an error;
-70 no finite loss; 75 saved and stopped by a signal, run me again; 130 Ctrl-C.
+Files are replaced atomically; a line that a crash tore is removed. Exit codes of train.py: 0 done; 1 an
+error; 70 no finite loss; 75 saved and stopped by a signal, run me again; 130 Ctrl-C.
 """
 
 import json
@@ -41,16 +41,19 @@ except ImportError:  # Windows: no lock
 
 
 class RunFolder:
-    """The folder `path`, made or reopened. All ranks make one, for the signals; only rank 0 writes.
+    """The folder `path`, created or reopened. All ranks make one, for the signals; only rank 0 writes.
 
-    An existing folder must hold the same settings, `speed` apart; with `resume`, differences are told.
+    An existing folder must hold the same settings, `speed` apart; with `resume`, differences are printed.
     Raises UserError if the folder is in use, belongs to another run, or cannot be written.
     """
 
     def __init__(self, path, config_text, resume=False, facts=None):
-        self.path, self.stop_requested = Path(broadcast_object(str(path))), False
+        self.path = Path(broadcast_object(str(path)))
         self.facts = facts or {}  # for environment.json
-        self.lock, self.handlers, problem = None, {}, None
+        self.stop_requested = False  # or the name of a signal
+        self.handlers = {}
+        self.lock = None
+        problem = None
         if rank() == 0:
             try:
                 self.open(config_text, resume)
@@ -58,28 +61,31 @@ class RunFolder:
                 problem = str(e)
             except OSError as e:
                 problem = f"the run folder {path} cannot be written ({e}): choose another train.output_dir"
-        if problem := broadcast_object(problem):
+        problem = broadcast_object(problem)
+        if problem:
             self.close()
             raise UserError(problem)
 
     def open(self, config_text, resume):
-        config, strangers = self.path / "config.yaml", self.path.glob("[!.]*")
-        if not config.exists() and any(p.name != "lock" for p in strangers):
+        config = self.path / "config.yaml"
+        if not config.exists() and any(p.name != "lock" for p in self.path.glob("[!.]*")):
             raise UserError(f"{self.path} has files but no config.yaml, so is no run folder: choose another")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = acquire_lock(self.path)
-        changed = "; ".join(config_differences(config, config_text)) if config.exists() else ""
+        changed = ""
+        if config.exists():
+            changed = "; ".join(config_differences(config, config_text))
         if config.exists() and not resume:
             other = f" with other settings ({changed})" if changed else ""
             raise UserError(f"{self.path} holds a run{other}: add --resume to go on, or choose another")
         if changed:
-            print(f"note: the run goes on with other settings: {changed}", file=sys.stderr)
+            print(f"note: the run continues with other settings: {changed}", file=sys.stderr)
         atomic_write_text(config, config_text)
         atomic_write_text(self.path / "environment.json", json.dumps(environment() | self.facts, indent=1))
         (self.path / "checkpoints").mkdir(exist_ok=True)
 
     def write_config(self, text):
-        """The settings have changed on the way (--max-minutes): config.yaml must say what was run."""
+        """The settings have changed during the run (--max-minutes): config.yaml must hold those that ran."""
         if rank() == 0:
             atomic_write_text(self.path / "config.yaml", text)
 
@@ -91,12 +97,11 @@ class RunFolder:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(to_json(row) + "\n")
         except OSError as e:
-            raise UserError(
-                f"no room for {self.path}/metrics.jsonl ({e}): make some, then --resume"
-            ) from None
+            message = f"no room for {self.path}/metrics.jsonl ({e}): make some, then --resume"
+            raise UserError(message) from None
 
     def truncate_log(self, step):
-        """Drop the rows of steps after `step`, which will come again, any torn line, and old results."""
+        """Drop the rows of steps after `step`, which will be run again, any torn line, and old results."""
         if rank() == 0:
             (self.path / "result.json").unlink(missing_ok=True)
             repair_jsonl(self.path / "metrics.jsonl", step)
@@ -110,14 +115,15 @@ class RunFolder:
     def install_signal_handlers(self):
         """From now on the signals that schedulers send only set `stop_requested` to their name."""
         for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):  # not SIGINT: Ctrl-C stays as it was
-            if number := getattr(signal, name, None):
+            number = getattr(signal, name, None)  # Windows lacks the last two
+            if number:
                 self.handlers[number] = signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         self.stop_requested = signal.Signals(number).name
 
     def close(self):
-        """Give the signals back and release the lock. Its file stays: deleting it would race."""
+        """Restore the signal handlers and release the lock. Its file stays: deleting it would race."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.lock:
@@ -125,8 +131,10 @@ class RunFolder:
 
 
 def acquire_lock(folder):
-    """folder/lock, open and locked by the operating system: it ends with its process, so a dead run's file
-    stops nobody. UserError if another process has it."""
+    """folder/lock, open and locked by the operating system until the process ends: no lock outlives its run.
+
+    Raises UserError if another process has it.
+    """
     lock = (folder / "lock").open("a+", encoding="utf-8")
     try:
         if fcntl:  # lockf, not flock: data-loading workers don't inherit it, and NFS knows it
@@ -137,7 +145,7 @@ def acquire_lock(folder):
         lock.close()
         raise UserError(f"{folder} is in use by {holder}: stop it, or choose another folder") from None
     except OSError as e:  # some network file systems have no locks
-        print(f"note: no lock on {folder} ({e}): see that only one run writes there", file=sys.stderr)
+        print(f"note: no lock on {folder} ({e}): make sure that only one run writes there", file=sys.stderr)
     lock.truncate(0)
     lock.write(f"pid {os.getpid()} on {platform.node()}\n")
     lock.flush()
@@ -146,14 +154,17 @@ def acquire_lock(folder):
 
 def repair_jsonl(file, step):
     """Keep the whole lines of a .jsonl file up to `step`."""
-    kept, torn = [], 0
-    for line in file.read_bytes().splitlines() if file.exists() else ():
+    if not file.exists():
+        return
+    kept = []
+    torn = 0
+    for line in file.read_bytes().splitlines():
         try:
-            kept += [line.decode() + "\n"] if json.loads(line).get("step", 0) <= step else []
+            if json.loads(line).get("step", 0) <= step:
+                kept.append(line.decode() + "\n")
         except (ValueError, AttributeError, TypeError):
             torn += 1
-    if file.exists():
-        atomic_write_text(file, "".join(kept))
+    atomic_write_text(file, "".join(kept))
     if torn:
         print(f"note: {torn} torn line(s) removed from {file}", file=sys.stderr)
 
@@ -161,19 +172,36 @@ def repair_jsonl(file, step):
 def config_differences(path, config_text):
     """["optim.epochs: 10 there, 20 now", ...] between a saved config and this one, `speed` apart."""
     try:
-        configs = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(config_text)
-        there, now = ({f"{s}.{k}": v for s in c for k, v in c[s].items()} for c in configs)
+        there = flat_settings(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, AttributeError, TypeError):
         return [f"{path} is unreadable"]
-    keys = [k for k in {**there, **now} if there.get(k) != now.get(k) and not k.startswith("speed.")]
-    return [f"{k}: {there.get(k)} there, {now.get(k)} now" for k in keys]
+    now = flat_settings(config_text)
+    changed = []
+    for key in there | now:
+        if there.get(key) != now.get(key) and not key.startswith("speed."):
+            changed.append(f"{key}: {there.get(key)} there, {now.get(key)} now")
+    return changed
+
+
+def flat_settings(text):
+    """A config.yaml -> {"section.key": value}."""
+    settings = {}
+    for section, keys in yaml.safe_load(text).items():
+        for key, value in keys.items():
+            settings[f"{section}.{key}"] = value
+    return settings
 
 
 def to_json(row, indent=None):
     """A flat dict as text. Tensors of one number are fine; nan and inf become null (JSON has neither)."""
-    row = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
-    bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-    return json.dumps(row | bad, indent=indent)
+    plain = {}
+    for key, value in row.items():
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if isinstance(value, float) and not math.isfinite(value):
+            value = None
+        plain[key] = value
+    return json.dumps(plain, indent=indent)
 
 
 # ---------------------------------------------------------------- files, written atomically
@@ -181,9 +209,9 @@ def to_json(row, indent=None):
 
 @contextmanager
 def atomic_open(path, mark=""):
-    """`with in_one_act(path) as f`: a file that gets its name when it is complete and on the disk, or never.
+    """`with atomic_open(path) as f`: a binary file that appears complete and on the disk, or not at all.
 
-    What a killed process left is overwritten by the next. Two at a time need a `mark` each.
+    The leftovers of a killed process are overwritten by the next. Two writers at a time need a `mark` each.
     """
     partial = path.with_name(f".{path.name}{mark}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,13 +226,13 @@ def atomic_open(path, mark=""):
 
 
 def atomic_write_text(path, text):
-    """Write a text in one act: a crash leaves the old one or the new one."""
+    """Replace a text file: a crash leaves the old one or the new one."""
     with atomic_open(path) as f:
         f.write(text.encode())
 
 
 def environment():
-    """Where and with what this run is made: a dict for environment.json."""
+    """Machine, versions, command and commit of this run: a dict for environment.json."""
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     return {
@@ -263,7 +291,7 @@ class TrainLogger:
         self.clock = time.monotonic()
 
     def count_images(self, bad_images, num_bad, step):
-        """Record this rank's unreadable images (`num_bad` on all ranks together). UserError when too many are."""
+        """Record this rank's unreadable images (`num_bad` on all ranks). UserError if there are too many."""
         if bad_images:
             with open(self.run.path / f"bad_images_rank{rank()}.jsonl", "a") as f:
                 for path, reason in bad_images:
@@ -275,8 +303,8 @@ class TrainLogger:
             self.writer.wait()  # the checkpoint being saved is still good
             file = self.run.path / "bad_images_rank*.jsonl"
             raise UserError(f"{self.num_bad_images} of {self.images} images are unreadable, over "
-                            f"train.max_bad_images ({limit:.2%}): mend or remove those in {file}, or raise the "
-                            f"limit")  # fmt: skip
+                            f"train.max_bad_images ({limit:.2%}): mend or remove those in {file}, "
+                            f"or raise the limit")  # fmt: skip
 
     def step_done(self, skipped):
         self.skipped_flags.append(skipped)
@@ -333,8 +361,10 @@ class TrainLogger:
                 tqdm.write(f"warning: step {row['step']}: {warning}", file=sys.stderr)
 
     def check_skipped_steps(self, state):
-        """Log the images of skipped steps; exit with 70 after too many in a row. In fp16 a few are normal: the
-        loss scale finds its size."""
+        """Log the images of skipped steps; exit with code 70 after too many in a row.
+
+        In fp16 a few are normal: the loss scale finds its size.
+        """
         flags = [bool(flag) for flag in self.skipped_flags]
         self.skipped_flags = []
         limit = self.cfg.train.max_nan + (20 if state.scaler.is_enabled() else 0)
@@ -346,9 +376,10 @@ class TrainLogger:
                 self.run.log(dict(step=step + 1, skipped_samples=samples))
             if self.skipped_in_a_row > limit:
                 if rank() == 0:
-                    print(f"error: no finite loss and gradient in {self.skipped_in_a_row} steps in a row (see "
-                          f"metrics.jsonl): lower optim.base_lr, or take compute_precision.dtype=fp32",
-                          file=sys.stderr)  # fmt: skip
+                    message = (f"error: no finite loss and gradient in {self.skipped_in_a_row} steps in "
+                               f"a row (see metrics.jsonl): lower optim.base_lr, or take "
+                               f"compute_precision.dtype=fp32")  # fmt: skip
+                    print(message, file=sys.stderr)
                 self.writer.wait()
                 sys.exit(70)
 

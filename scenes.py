@@ -1,30 +1,32 @@
 """Procedural scenes: a small world with labels, masks and depth, made from two integers.
 
 Every picture shows several things of ONE kind (of ten) before a hazy wall and floor. Position, size, tilt,
-colours, polarity (lighter or darker than what is behind), depth and the phase of the pattern are drawn anew
+colours, polarity (lighter or darker than the background), depth and the phase of the pattern are drawn anew
 for EACH thing. So two crops of one picture already disagree in all of them, and only the kind is left in
 common. A network that looks for it can find it; raw pixels, mean colour and a random network can't.
 
-What is unusual: scene i is a pure function of (seed, i). Nothing to download, no state: any worker on any
-machine draws the same picture. Shapes are signed distance functions; colours are read off a distance.
+Scene i is a pure function of (seed, i): nothing to download, no state, and any worker on any machine draws
+the same picture. Shapes are signed distance functions; colours are read off a distance.
 
-    python scenes.py --sheet scenes.png     one row per kind, some with their mask and depth beside them
-    python scenes.py --audit                what can be had without learning? (10 seconds)
+    python -m tools.audit_scenes --sheet scenes.png     # look at them
+    python -m tools.audit_scenes --audit                # what can be had without learning?
 """
 
-import argparse
-import time
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from config import UserError, run
+from config import UserError
 
-FAR, NEAR = 10.0, 1.5  # metres: the haze hides what is farther; no thing comes nearer
+FAR = 10.0  # metres: the haze hides everything beyond
+NEAR = 1.5  # metres: no thing comes nearer
 HAZE_LENGTH = 9.0  # metres after which only 1/e of an object's own colour is left
 AREA = 2.0  # every kind covers as much (in squared radii), so that coverage doesn't tell the kind
 DARK = 0.15  # share of things whose first colour is the darker one; 0.5 is much harder to learn
+REACH = 1.45  # radii: no silhouette is larger
+LUMA = np.float32([0.299, 0.587, 0.114])
 CLASSES = ("ring", "star", "target", "stripes", "bars", "slant", "checks", "lattice", "dots", "zigzag")
 
 
@@ -33,15 +35,16 @@ def _waves(x, period=0.57):
     return np.sin(x * (2 * np.pi / period)) * (period / (2 * np.pi))
 
 
-def _kind(name, u, v, phase):
+def _signed_distances(kind, u, v, phase):
     """A kind at points (u, v) of a thing's own frame, radius about 1: signed distances (inside, tone).
 
     `inside` > 0 within the silhouette; `tone` > 0 where the surface has the first of its two colours. To add
     a kind, add a case and its name. A mirror image must stay the same kind: flips are an augmentation.
     """
     rho = np.hypot(u, v)
-    disc, square = 1 - rho, 1 - np.maximum(np.abs(u), np.abs(v))
-    match name:
+    disc = 1 - rho
+    square = 1 - np.maximum(np.abs(u), np.abs(v))
+    match kind:
         case "ring":
             return 0.25 - np.abs(rho - 0.75), np.ones_like(u)
         case "star":
@@ -55,29 +58,46 @@ def _kind(name, u, v, phase):
         case "bars":
             return square, _waves(v + phase)
         case "slant":  # either diagonal
-            return disc, _waves((u + np.where(phase < 0.5, v, -v)) * 0.7071 + phase)
+            diagonal = u + np.where(phase < 0.5, v, -v)
+            return disc, _waves(diagonal * 0.7071 + phase)
         case "checks":
-            return square, _waves(u + phase, 0.74) * np.sin((v + 1.7 * phase) * (2 * np.pi / 0.74))
+            columns = _waves(u + phase, 0.74)
+            return square, columns * np.sin((v + 1.7 * phase) * (2 * np.pi / 0.74))
         case "lattice":  # checks on their corner
-            return _kind("checks", (u + v) * 0.7071, (u - v) * 0.7071, phase)
+            return _signed_distances("checks", (u + v) * 0.7071, (u - v) * 0.7071, phase)
         case "dots":
-            return disc, 0.2 - np.hypot((u + phase) % 0.68 - 0.34, (v + 1.7 * phase) % 0.68 - 0.34)
+            dx = (u + phase) % 0.68 - 0.34
+            dy = (v + 1.7 * phase) % 0.68 - 0.34
+            return disc, 0.2 - np.hypot(dx, dy)
         case "zigzag":
-            return disc, 0.7 * _waves(v + phase + np.abs((u + phase) % 1 - 0.5), 0.74)
+            zigzag = np.abs((u + phase) % 1 - 0.5)
+            return disc, 0.7 * _waves(v + phase + zigzag, 0.74)
 
 
 @cache
-def _scale(name):
-    """The radius factor that gives this silhouette the common AREA: measured on a grid, once."""
+def _radius_factor(kind):
+    """The factor on the radius that gives this silhouette the common AREA: measured on a grid, once."""
     v, u = np.mgrid[-1.5:1.5:96j, -1.5:1.5:96j]
-    return np.float32(np.sqrt(AREA / ((_kind(name, u, v, 0)[0] > 0).mean() * 9)))
+    inside, _ = _signed_distances(kind, u, v, 0)
+    covered = (inside > 0).mean() * 9
+    return np.float32(np.sqrt(AREA / covered))
 
 
 # ---------------------------------------------------------------- the picture
 
 
+class Things(NamedTuple):
+    """The n things of a scene, from far to near; (n,) float32 each."""
+
+    x: np.ndarray  # in frames, 0 to 1
+    y: np.ndarray
+    radius: np.ndarray  # in frames
+    angle: np.ndarray  # in radians
+    depth: np.ndarray  # in metres
+
+
 @cache
-def _weights(size, knots):
+def _upsampling_weights(size, knots):
     """(size, knots) float32: W @ grid @ W.T enlarges a small random grid softly."""
     x = (np.arange(size, dtype=np.float32)[:, None] + 0.5) / size * (knots - 1)
     w = np.clip(1 - np.abs(x - np.arange(knots)), 0, 1)
@@ -85,35 +105,43 @@ def _weights(size, knots):
     return (w / w.sum(1, keepdims=True)).astype(np.float32)
 
 
-def _colours(rng, light):
+def _random_colours(rng, light):
     """Random colours (n, 3) whose brightness is about `light` (n,), of random hue and saturation."""
     tint = rng.random((len(light), 3), dtype=np.float32) - np.float32(0.5)
-    tint -= (tint @ np.float32([0.299, 0.587, 0.114]))[:, None]  # keep the brightness, change the colour
+    tint -= (tint @ LUMA)[:, None]  # keep the brightness, change the colour
     return np.clip(light[:, None] + 0.9 * tint, 0, 1)
 
 
 def _background(rng, size):
     """Wall and floor: colour (S, S, 3) in [0, 1] and depth (S, S) in metres, 4 to 10."""
-    base = _colours(rng, rng.uniform(0.25, 0.75, 2).astype(np.float32))
-    soft, fine = _weights(size, 4), _weights(size, 9)
+    light = rng.uniform(0.25, 0.75, 2).astype(np.float32)
+    base = _random_colours(rng, light)
+    soft = _upsampling_weights(size, 4)
+    fine = _upsampling_weights(size, 9)
     mix = soft @ rng.random((4, 4), dtype=np.float32) @ soft.T
     clutter = fine @ rng.normal(0, 0.09, (9, 9)).astype(np.float32) @ fine.T
     colour = base[0] + mix[..., None] * (base[1] - base[0]) + clutter[..., None]
-    horizon, wall = rng.uniform(0.3, 0.7), rng.uniform(7, FAR)
+    horizon = rng.uniform(0.3, 0.7)
+    wall = rng.uniform(7, FAR)
     below = np.clip((np.arange(size) + 0.5) / size - horizon, 0, None) / (1 - horizon)
     depth = 1 / ((1 - below) / wall + below / 4.2)  # a floor in perspective: 1/depth is linear in the row
     return colour, np.broadcast_to(depth[:, None], (size, size)).astype(np.float32)
 
 
-def _things(rng):
-    """Where the things are: x, y, radius (in frames), angle, depth (m), far to near. (n,) float32 each."""
+def _place_things(rng):
+    """Four to six things on a jittered 3 x 3 lattice: spread out, yet overlapping here and there."""
     n = int(rng.integers(4, 7))
-    cell = rng.permutation(9)[:n]  # a jittered 3 x 3 lattice: spread out, yet overlapping here and there
+    cell = rng.permutation(9)[:n]
     x, y = (np.stack([cell % 3, cell // 3]) + rng.uniform(0.2, 0.8, (2, n))) / 3
     depth = np.sort(rng.uniform(NEAR, 2.2, n))[::-1]
     radius = 0.5 / depth * rng.uniform(0.9, 1.1, n)
     angle = rng.uniform(-0.3, 0.3, n)  # +-17 degrees: stripes must not turn into bars
-    return np.stack([x, y, radius, angle, depth]).astype(np.float32)
+    return Things(*np.stack([x, y, radius, angle, depth]).astype(np.float32))
+
+
+def _fade(colour, depth, haze):
+    """A colour as it looks through `depth` metres of haze."""
+    return haze + (colour - haze) * np.exp(-depth / HAZE_LENGTH)
 
 
 def render(seed, index, size=64):
@@ -124,39 +152,46 @@ def render(seed, index, size=64):
     """
     rng = np.random.default_rng([seed, index])
     label = int(rng.integers(len(CLASSES)))
+    kind = CLASSES[label]
     colour, depth = _background(rng, size)
-    x, y, radius, angle, far = _things(rng)
-    light = rng.uniform(0.1, 0.4, n := len(x)).astype(np.float32)
+    things = _place_things(rng)
+    n = len(things.x)
+    light = rng.uniform(0.1, 0.4, n).astype(np.float32)
     dark_first = rng.random(n) < DARK
-    first = _colours(rng, np.where(dark_first, light, light + 0.5))
-    second = _colours(rng, np.where(dark_first, light + 0.5, light))
+    first = _random_colours(rng, np.where(dark_first, light, light + 0.5))
+    second = _random_colours(rng, np.where(dark_first, light + 0.5, light))
     phase = rng.random(n, dtype=np.float32)
-    haze = _colours(rng, rng.uniform(0.3, 0.7, 1).astype(np.float32))
+    haze = _random_colours(rng, rng.uniform(0.3, 0.7, 1).astype(np.float32))
 
-    # All pixels of all things at once, but only those within reach: (P,) points, `who` says whose.
+    # All pixels of all things at once, but only those within reach: (P,) points, `who` is the thing of each.
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
-    radius = radius * _scale(CLASSES[label])
-    dx, dy = grid - x[:, None], grid - y[:, None]
-    who, row, col = np.nonzero(dx[:, None] ** 2 + dy[:, :, None] ** 2 < (1.45 * radius[:, None, None]) ** 2)
-    cos, sin = (np.cos(angle) / radius)[who], (np.sin(angle) / radius)[who]
-    px, py = dx[who, col], dy[who, row]
-    u, v = px * cos + py * sin, py * cos - px * sin
-    inside, tone = _kind(CLASSES[label], u, v, phase[who])
-    pixels = (radius * size)[who]  # distances in pixels: an edge is one pixel soft
+    radius = things.radius * _radius_factor(kind)
+    dx = grid - things.x[:, None]
+    dy = grid - things.y[:, None]
+    near = dx[:, None] ** 2 + dy[:, :, None] ** 2 < (REACH * radius[:, None, None]) ** 2
+    who, row, column = np.nonzero(near)
+    cos = (np.cos(things.angle) / radius)[who]
+    sin = (np.sin(things.angle) / radius)[who]
+    px = dx[who, column]
+    py = dy[who, row]
+    inside, tone = _signed_distances(kind, px * cos + py * sin, py * cos - px * sin, phase[who])
+    pixels = (radius * size)[who]  # from radii to pixels: an edge is one pixel soft
     alpha = np.clip(inside * pixels + 0.5, 0, 1)[:, None]
     blend = np.clip(tone * pixels + 0.5, 0, 1)[:, None]
     paint = second[who] + blend * (first[who] - second[who])
+    paint = _fade(paint, things.depth[who, None], haze)
+    colour = _fade(colour, depth[..., None], haze)
+
     mask = np.zeros((size, size), np.uint8)
-    colour = haze + (colour - haze) * np.exp(-depth / HAZE_LENGTH)[..., None]
-    paint = haze + (paint - haze) * np.exp(-far / HAZE_LENGTH)[who, None]
     ends = np.searchsorted(who, np.arange(n + 1))
     for k in range(n):  # the painter's algorithm: far things first, nearer ones over them
-        s = slice(ends[k], ends[k + 1])
-        r, c, a = row[s], col[s], alpha[s]
-        colour[r, c] += a * (paint[s] - colour[r, c])
-        solid = a[:, 0] > 0.5
-        mask[r[solid], c[solid]] = 1 + label
-        depth[r[solid], c[solid]] = far[k]
+        own = slice(ends[k], ends[k + 1])
+        at = row[own], column[own]
+        colour[at] += alpha[own] * (paint[own] - colour[at])
+        solid = alpha[own, 0] > 0.5
+        at = row[own][solid], column[own][solid]
+        mask[at] = 1 + label
+        depth[at] = things.depth[k]
     return (np.clip(colour, 0, 1) * 255 + 0.5).astype(np.uint8), label, mask, depth
 
 
@@ -169,7 +204,9 @@ class Scenes:
         for name, value, least in (("count", count, 1), ("seed", seed, 0), ("size", size, 8)):
             if not isinstance(value, int) or value < least:
                 raise UserError(f"scenes: {name} must be a whole number of at least {least}, not {value!r}.")
-        self.count, self.seed, self.size = count, seed, size
+        self.count = count
+        self.seed = seed
+        self.size = size
 
     def __len__(self):
         return self.count
@@ -186,78 +223,3 @@ class Scenes:
     def __getitem__(self, i):
         image, label, _, _ = self.scene(i)
         return Image.fromarray(image), label
-
-
-# ---------------------------------------------------------------- looking at it, measuring what it gives away
-
-
-def _tiles(image, label, mask, depth):
-    """A scene as three pictures (S, S, 3) uint8: the image, the mask, the depth (near is bright)."""
-    hue = np.asarray(Image.new("HSV", (1, 1), (25 * label, 190, 230)).convert("RGB"))
-    near = (1 / depth - 1 / FAR) / (1 / NEAR - 1 / FAR)
-    grey = (255 * near.clip(0, 1)).astype(np.uint8)
-    return [image, np.where(mask[..., None] > 0, hue, np.uint8(24)), np.stack([grey] * 3, -1)]
-
-
-def sheet(path, seed=0, size=96, columns=13):
-    """Write the contact sheet: a row per kind; the first two scenes have mask and depth beside them."""
-    rows = [[] for _ in CLASSES]
-    for scene in (render(seed, i, size) for i in range(30 * columns)):
-        row = rows[scene[1]]
-        row += _tiles(*scene)[: 3 if len(row) < 6 else 1]
-    step, left = size + 4, 56
-    page = Image.new("RGB", (left + columns * step, len(rows) * step + 4), "white")
-    for k, row in enumerate(rows):
-        ImageDraw.Draw(page).text((8, k * step + size // 2), CLASSES[k], fill="black")
-        for j, tile in enumerate(row[:columns]):
-            page.paste(Image.fromarray(tile), (left + j * step, k * step + 4))
-    try:
-        page.save(path)
-    except (OSError, ValueError) as err:
-        raise UserError(f"can't write {path} ({err}); name a .png in an existing folder.") from None
-
-
-def knn(bank, labels, query, k=20):
-    """Labels for `query` (m, d): majority of the k nearest in `bank` (n, d) by cosine, mean subtracted."""
-    bank, query = bank - bank.mean(0), query - bank.mean(0)
-    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
-    near = np.argpartition(-(query @ bank.T), k, axis=1)[:, :k]
-    return (labels[near][..., None] == np.arange(len(CLASSES))).sum(1).argmax(1)
-
-
-def probe(bank, labels, query):
-    """Labels for `query` (m, d) by least squares on the features and their squares."""
-    bank, query = (np.concatenate([np.ones((len(x), 1)), x, x * x], 1) for x in (bank, query))
-    return (query @ np.linalg.lstsq(bank, np.eye(len(CLASSES))[labels], rcond=None)[0]).argmax(1)
-
-
-def audit(seed=0, bank=4000, query=1000):
-    """What can be had without learning: {name: value}; scenes 0 to `bank` against the next `query`."""
-    start = time.perf_counter()
-    images, labels, masks, _ = map(np.stack, zip(*(render(seed, i) for i in range(bank + query))))
-    table = {"images/s, one core": (bank + query) / (time.perf_counter() - start)}
-    images = images.reshape(-1, 32, 2, 32, 2, 3).mean((2, 4), dtype=np.float32) / 255  # as a crop sees them
-    for name, method, x in (
-        ("raw pixels at 32 x 32, k-NN", knn, images.reshape(bank + query, -1)),
-        ("mean colour, linear probe", probe, images.mean((1, 2))),
-        ("covered area, linear probe", probe, (masks > 0).mean((1, 2))[:, None]),
-    ):
-        table[name] = float((method(x[:bank], labels[:bank], x[bank:]) == labels[bank:]).mean())
-    return table | {"chance": 1 / len(CLASSES)}
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Procedural scenes: look at them, measure them.")
-    parser.add_argument("--sheet", metavar="PNG", help="write a contact sheet")
-    parser.add_argument("--audit", action="store_true", help="print what can be had without learning")
-    args = parser.parse_args()
-    if args.sheet:
-        sheet(args.sheet)
-        print(f"wrote {args.sheet}")
-    if args.audit:
-        for name, value in audit().items():
-            print(f"{name:28s} {value:8.{0 if value > 1 else 3}f}")
-
-
-if __name__ == "__main__":
-    run(main)

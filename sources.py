@@ -1,6 +1,6 @@
 """Where images come from: folders, tar shards, manifests, the embedded scenes; and how a file is decoded.
 
-A source is named by a URI, `train.dataset_path`, and becomes a data set: `dataset[i] -> (PIL RGB, label or -1)`.
+A URI, `train.dataset_path`, names a source, and becomes a data set: `dataset[i] -> (PIL RGB, label or -1)`.
 
     scenes:10000:seed=0:size=64      procedural images (scenes.py)
     folder:/data/images              images at any depth; sub-folders of the root are the classes
@@ -99,7 +99,7 @@ def sample_name(dataset, index):
 
 
 def open_source(uri):
-    """The data set that a URI names: `dataset[i] -> (PIL RGB, label or -1)`, `len(dataset)`, `.classes` or None.
+    """The data set of a URI: `dataset[i] -> (PIL RGB, label or -1)`, `len(dataset)`, `.classes` or None.
 
     Reads the URIs at the top of this file, and the published ImageNet:split=TRAIN:root=/path:extra=...
     Raises UserError when there is nothing to read.
@@ -153,7 +153,7 @@ def open_images(paths):
 
 
 def list_folder(root):
-    """Images at any depth, sorted -> [Entry]. The first folder level is the label, unless images lie beside folders."""
+    """Images at any depth, sorted -> [Entry]. The first folder is the label, unless images lie beside it."""
     paths = []
     visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -242,7 +242,7 @@ def read_label(text, extension, default):
 
 
 def list_manifest(manifest):
-    """Curation's manifest, JSON lines with `path`, or `shard` and `key` -> [Entry]; `keep: false` is skipped."""
+    """Curation's manifest, JSON lines with `path`, or `shard` and `key` -> [Entry]; skips `keep: false`."""
     entries = []
     shards = {}
     place = manifest
@@ -303,7 +303,7 @@ def to_rgb(image):
 
 
 def to_8_bits(grey, mode):
-    """Grey values of an image of mode I, I;16 or F -> PIL L. Guesses the range: 16 bits, 8 bits, or 0 to 1."""
+    """Grey values of mode I, I;16 or F -> PIL L. The range is guessed: 16 bits, 8 bits, or 0 to 1."""
     largest = grey.max()
     if largest > 255 or "16" in mode:
         grey *= 1 / 257

@@ -1,15 +1,15 @@
-"""DINOv2 pre-training: from its crops, a student network learns to predict an EMA teacher's view of the whole image.
+"""DINOv2 pre-training: from its crops, a student learns to match an EMA teacher that sees the whole image.
 
     python train.py                                          # five minutes on two CPU cores, data included
     python train.py --model vits14 train.dataset_path=folder:/data/images
     torchrun --nproc-per-node 8 train.py --model vitg14 train.dataset_path='tar:/data/{000..999}.tar'
 
-The method is `train_step`, one screen; the parity test against the authors' code calls this very function, and
-so do the labs. The loop around it holds no random state: sample i and its crops are a pure function of
+The method is `train_step`, one screen; the parity test against the authors' code calls this very function,
+and so do the labs. The loop around it holds no random state: sample i and its crops are a pure function of
 (seed, i), masks of (seed, step), schedules of the step, so a resumed run repeats nothing.
 
-Expect a run folder runs/<name>/ (config.yaml, metrics.jsonl, teacher.pth, result.json) and a table of results;
-`python -m tools.report runs/<name>` turns it into a page with curves and pictures.
+Expect a run folder runs/<name>/ (config.yaml, metrics.jsonl, teacher.pth, result.json) and a table of
+results; `python -m tools.report runs/<name>` turns it into a page with curves and pictures.
 """
 
 import argparse
@@ -97,8 +97,8 @@ class Logits(NamedTuple):
 def train_step(state, batch, schedules, cfg, log_diagnostics=False):
     """One optimizer step over a list of micro-batches (gradient accumulation) -> {name: scalar tensor}.
 
-    The loss_* entries are the weighted terms that are optimised: they sum to `loss`. If the loss or a gradient
-    is not finite, nothing moves, and "skipped" is 1. `log_diagnostics` adds the metrics that show collapse.
+    The loss_* entries are the weighted terms that are optimised: they sum to `loss`. If the loss or a
+    gradient is not finite, nothing moves, and "skipped" is 1. `log_diagnostics` adds the collapse metrics.
     """
     apply_schedules(state.optimizer, schedules)
     state.optimizer.zero_grad(set_to_none=True)
@@ -143,7 +143,7 @@ def teacher_targets(state, batch, tau, cfg):
     tokens = state.teacher.backbone(batch["globals"])
     masked = tokens.patches.flatten(0, 1)[batch["mask_indices"]]  # (M, D)
     cls, patches = state.teacher.heads(tokens.cls, masked)
-    fused = prototypes.fused(patches)  # on a GPU the probabilities of patches are never written out
+    fused = prototypes.uses_kernels(patches)  # on a GPU the probabilities of patches are never written out
     if cfg.train.centering == "sinkhorn_knopp":
         cls = sinkhorn_knopp(cls, tau)
         patches = sinkhorn_knopp(patches, tau, fused=fused)
@@ -216,7 +216,7 @@ def load_frozen_teacher(cfg, device, dtype):
     their_cfg = config.load(folder / "config.yaml")
     theirs = output_sizes(their_cfg)
     ours = output_sizes(cfg)
-    differ = [f"{name} is {theirs[name]} there, {ours[name]} here" for name in ours if ours[name] != theirs[name]]
+    differ = [f"{key} is {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key]]
     if differ:
         raise UserError(f"train.distill_from {folder} does not fit this run: {'; '.join(differ)}")
     with torch.device("meta"):

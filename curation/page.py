@@ -1,11 +1,11 @@
 """The funnel of a curation as one page: how many images each stage left, and what the dropped ones look like.
 
-    python funnel.py OUT     # writes OUT/funnel.html anew from OUT/manifest.jsonl and OUT/funnel.json
+    python -m curation.page OUT     # draws OUT/funnel.html again from OUT/manifest.jsonl and OUT/funnel.json
 
 Look at it before you train: a threshold is right when its sheet shows what you do not want, and nothing else.
-Everything is inside the file (curves as SVG, pictures as JPEG), so it can be sent and kept. What is unusual:
-it needs nothing but the manifest, which is read twice, line by line; a sheet shows those images of a reason
-whose SHA-256 is smallest, which is as good as a draw and shows the same ones each time.
+Everything is inside the file (curves as SVG, pictures as JPEG), so it can be sent and kept. Only the manifest
+is needed; it is read twice, line by line. A sheet shows those images of a reason whose SHA-256 is smallest:
+as good as a random choice, and the same one each time.
 """
 
 import argparse
@@ -19,53 +19,188 @@ import numpy as np
 from PIL import Image
 
 import config
+from curation.manifest import SCORES, load_bytes
+from curation.quality import threshold
 from runfolder import atomic_write_text
 from sources import BadImage, decode_image
 
-SHEET, SIDE, BINS = 16, 112, 60  # images on a sheet, their side in pixels, bars of a histogram
-PAIRED = ("exact duplicate", "near duplicate", "feature duplicate", "leak")  # shown above whom they resemble
-SCORES = ("sharpness", "entropy", "dark", "bright", "aesthetics", "blocked")
+SHEET = 16  # images on a sheet
+SIDE = 112  # of a thumbnail, in pixels
+TILE = SIDE + 4
+SHOWN_CLUSTERS = 20
+SHOWN_OF_CLUSTER = 10  # images
+BINS = 60  # bars of a histogram
+BAR = 6  # pixels from one bar to the next
+HEIGHT = 100  # of a histogram, in pixels
+HISTOGRAMS = (*SCORES, "aesthetics", "blocked")
 CUTS = dict(sharpness="min_sharpness", entropy="min_entropy", dark="min_dark", bright="max_bright")
+PAIRED = ("exact duplicate", "near duplicate", "feature duplicate", "leak")  # shown above what they resemble
 STYLE = """body{font:15px/1.5 system-ui;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
 td,th{padding:.15em .8em;text-align:right}td:first-child,:is(td,th):last-child{text-align:left}
 .bar{background:#4a7ebb;height:1em}img{max-width:100%}small,figcaption{color:#666}
 figure{display:inline-block;margin:.5em 1em .5em 0}"""
 
 
-def rows(out, name="manifest"):
+def curation_report(out):
+    """OUT/manifest.jsonl and OUT/funnel.json -> OUT/funnel.html."""
+    facts = json.loads((out / "funnel.json").read_text())
+    groups, scores = survey(out)
+    parts = ["<h1>The funnel</h1>", stage_table(facts["stages"])]
+    parts += [f"<p>{html.escape(note)}</p>" for note in facts["notes"]]
+    parts.append("<h2>Scores</h2><p>Of all readable images; the red line is the threshold.</p>")
+    for name, values in scores.items():
+        if values:
+            parts.append(histogram(name, values, facts["settings"]["quality"].get(CUTS.get(name))))
+    parts.append("<h2>What was dropped, and why</h2>")
+    parts += reason_sheets(out, facts, groups)
+    clusters = sorted(name for name in groups if isinstance(name, tuple))
+    if clusters:
+        parts.append("<h2>Clusters</h2><p>A line is a cluster of the finest level; evenly chosen ones.</p>")
+        every = -(-len(clusters) // SHOWN_CLUSTERS)
+        parts.append(sheet([groups[name][:SHOWN_OF_CLUSTER] for name in clusters[::every]]))
+    settings = json.dumps(facts["settings"], indent=1)
+    parts.append(f"<h2>Settings</h2><pre>{html.escape(settings)}</pre>")
+    head = f"<!doctype html><meta charset=utf-8><title>Funnel</title><style>{STYLE}</style>"
+    atomic_write_text(out / "funnel.html", head + "\n".join(parts))
+
+
+# ---------------------------------------------------------------- from the manifest
+
+
+def read_manifest(out, name="manifest"):
+    """Yields the rows of OUT/manifest.jsonl, or of evaluation.jsonl."""
     with open(out / f"{name}.jsonl", encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 
 
 def survey(out):
-    """One pass over the manifest -> {group: its SHEET rows}, {score: [n values]}; a group is a reason or a
-    ("cluster", number)."""
-    groups, scores = {}, {name: [] for name in SCORES}
-    for row in rows(out):
-        names = [row["why"]] + ([("cluster", row["cluster"])] if row["keep"] and row["cluster"] >= 0 else [])
+    """One pass over the manifest -> {group: its SHEET rows}, {score: [n values]}.
+
+    A group is a reason or a tuple ("cluster", number).
+    """
+    groups = {}
+    scores = {name: [] for name in HISTOGRAMS}
+    for row in read_manifest(out):
+        names = [row["why"]]
+        if row["keep"] and row["cluster"] >= 0:
+            names.append(("cluster", row["cluster"]))
         for name in names:
             group = groups.setdefault(name, [])
             group.append(row)
-            if len(group) > 20 * SHEET:
-                group[:] = choice(group)
-        for name in SCORES:
+            if len(group) > 20 * SHEET:  # sort seldom, and hold few
+                group[:] = choose(group)
+        for name in HISTOGRAMS:
             if row.get(name) is not None:
                 scores[name].append(row[name])
-    return {name: choice(group) for name, group in groups.items()}, scores
+    return {name: choose(group) for name, group in groups.items()}, scores
 
 
-def choice(group):
+def choose(group):
     return sorted(group, key=lambda row: row.get("sha256", ""))[:SHEET]
 
 
+def find_partners(out, groups):
+    """-> {SHA-256: row} of the images that the duplicates and leaks on the sheets resemble."""
+    wanted = set()
+    for reason in PAIRED:
+        wanted |= {row["of"] for row in groups.get(reason, ()) if "of" in row}
+    partners = {}
+    for name in ("evaluation", "manifest"):
+        for row in read_manifest(out, name):
+            sha = row.get("sha256")
+            if sha in wanted and (row["keep"] or sha not in partners):  # of equal ones, the one that stayed
+                partners[sha] = row
+    return partners
+
+
+# ---------------------------------------------------------------- to HTML
+
+
+def stage_table(stages):
+    """[stage, images left, {reason: images so far}] of each stage -> the funnel as a table."""
+    total = max(sum(stages[0][2].values()), 1)
+    before = {}
+    lines = []
+    for name, left, reasons in stages:
+        dropped = []
+        for reason, count in reasons.items():
+            new = count - before.get(reason, 0)
+            if reason != "kept" and new > 0:
+                dropped.append(f"{new:,d} {reason}")
+        bar = f'<div class="bar" style="width:{300 * left / total:.0f}px"></div>'
+        dropped = ", ".join(dropped)
+        lines.append(f"<tr><td>{name}<td>{left:,d}<td>{bar}<td style='text-align:left'>{dropped}")
+        before = reasons
+    return f"<table><tr><th>stage<th>images left<th><th>dropped here{''.join(lines)}</table>"
+
+
+def stage_lines(stages):
+    """The funnel as text, for the console."""
+    for name, left, reasons in stages:
+        dropped = ", ".join(f"{count:,d} {reason}" for reason, count in reasons.items() if reason != "kept")
+        yield f"{name:10s} {left:9,d} images; {dropped}"
+
+
+def histogram(name, values, cut):
+    """Values -> an inline SVG; the red line is the threshold, if there is one."""
+    low, high = np.percentile(values, [0.1, 99.9])
+    caption = f"{name}: {low:.3g} to {high:.3g}"
+    span = (low, high if high > low else low + 1)
+    counts, edges = np.histogram(np.clip(values, low, high), BINS, span)
+    shapes = []
+    for i, height in enumerate(HEIGHT * counts / counts.max()):
+        place = f'x="{BAR * i}" y="{HEIGHT - height:.1f}" width="{BAR - 1}" height="{height:.1f}"'
+        shapes.append(f'<rect {place} fill="#4a7ebb"/>')
+    if cut is not None:
+        caption += f"; cut at {cut}"
+        red = threshold(cut, values)
+        if edges[0] <= red <= edges[-1]:
+            x = BAR * BINS * (red - edges[0]) / (edges[-1] - edges[0])
+            shapes.append(f'<path d="M{x:.1f} 0v{HEIGHT}" stroke="#c00" stroke-width="2"/>')
+    drawing = f'<svg width="{BAR * BINS}" height="{HEIGHT}">{"".join(shapes)}</svg>'
+    return f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>"
+
+
+def reason_sheets(out, facts, groups):
+    """A title and a sheet of examples for each reason, as pieces of HTML."""
+    partners = find_partners(out, groups)
+    totals = facts["stages"][-1][2]
+    parts = []
+    for reason in [*facts["reasons"][1:], "kept"]:
+        group = groups.get(reason)
+        if not group:
+            continue
+        caption = "; below each, what it resembles" if reason in PAIRED else ""
+        parts.append(f"<h3>{reason}</h3><small>{len(group)} of {totals[reason]:,d}{caption}</small>")
+        if reason == "unreadable":
+            lines = [f"{row.get('path', row.get('key'))}: {row['detail']}" for row in group]
+            parts.append("<br>".join(map(html.escape, lines)))
+            continue
+        lines = [group]
+        if reason in PAIRED:
+            lines.append([partners.get(row.get("of")) for row in group])
+        parts.append(f"<div>{sheet(lines)}</div>")
+    return parts
+
+
+def sheet(lines):
+    """Lists of rows (None: leave a gap) -> one picture, a line of thumbnails for each list, as an <img>."""
+    longest = max(map(len, lines))
+    page = Image.new("RGB", (longest * TILE, len(lines) * TILE), "white")
+    for y, line in enumerate(lines):
+        for x, row in enumerate(line):
+            if row:
+                page.paste(thumbnail(row), (x * TILE, y * TILE))
+    buffer = io.BytesIO()
+    page.save(buffer, "JPEG", quality=80)
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
 def thumbnail(row):
-    """A row of a manifest -> its picture on a square, grey if it cannot be read."""
+    """A row of a manifest -> its picture on a square, which is grey if it cannot be read."""
     tile = Image.new("RGB", (SIDE, SIDE), "#ddd")
     try:
-        with open(row.get("path") or row["shard"], "rb") as f:
-            f.seek(max(row["at"][0], 0))
-            data = f.read(row["at"][1] if row["at"][0] >= 0 else -1)
-        image = decode_image(data, "")
+        image = decode_image(load_bytes(row), "")
     except (BadImage, OSError):
         return tile
     image.thumbnail((SIDE, SIDE))
@@ -73,97 +208,11 @@ def thumbnail(row):
     return tile
 
 
-def sheet(lines):
-    """Lists of rows -> one picture, a line of thumbnails for each, as an <img>."""
-    page = Image.new("RGB", (max(map(len, lines)) * (SIDE + 4), len(lines) * (SIDE + 4)), "white")
-    for y, line in enumerate(lines):
-        for x, row in enumerate(line):
-            if row:
-                page.paste(thumbnail(row), (x * (SIDE + 4), y * (SIDE + 4)))
-    buffer = io.BytesIO()
-    page.save(buffer, "JPEG", quality=80)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def histogram(name, values, cut):
-    """Values -> an inline SVG; the red line is the threshold."""
-    low, high = np.percentile(values, [0.1, 99.9])
-    shown = "" if cut is None else f"; cut at {cut}"
-    if isinstance(cut, str):  # a percentile: as curate.limit
-        cut = np.percentile(values, float(cut[:-1]))
-    counts, edges = np.histogram(np.clip(values, low, high), BINS, (low, high if high > low else low + 1))
-    heights = 100 * counts / counts.max()
-    bars = "".join(f'<rect x="{6 * i}" y="{100 - h:.1f}" width="5" height="{h:.1f}" fill="#4a7ebb"/>'
-                   for i, h in enumerate(heights))  # fmt: skip
-    if cut is not None and edges[0] <= cut <= edges[-1]:
-        x = 6 * BINS * (cut - edges[0]) / (edges[-1] - edges[0])
-        bars += f'<path d="M{x:.1f} 0v100" stroke="#c00" stroke-width="2"/>'
-    drawn = f'<svg width="{6 * BINS}" height="100">{bars}</svg>'
-    return f"<figure>{drawn}<figcaption>{name}: {low:.3g} to {high:.3g}{shown}</figcaption></figure>"
-
-
-def stage_table(stages):
-    """[stage, images left, {reason: images so far}] of each stage -> the funnel as a table."""
-    total, before, lines = max(sum(stages[0][2].values()), 1), {}, []
-    for name, left, why in stages:
-        new = ", ".join(f"{n - before.get(k, 0):,d} {k}" for k, n in why.items()
-                        if k != "kept" and n > before.get(k, 0))  # fmt: skip
-        bar = f'<div class="bar" style="width:{300 * left / total:.0f}px"></div>'
-        lines.append(f"<tr><td>{name}<td>{left:,d}<td>{bar}<td style='text-align:left'>{new}")
-        before = why
-    return f"<table><tr><th>stage<th>images left<th><th>dropped here{''.join(lines)}</table>"
-
-
-def lines(stages):
-    """The same for the console."""
-    for name, left, why in stages:
-        dropped = ", ".join(f"{count:,d} {reason}" for reason, count in why.items() if reason != "kept")
-        yield f"{name:10s} {left:9,d} images; {dropped}"
-
-
-def draw(out):
-    """OUT/manifest.jsonl and OUT/funnel.json -> OUT/funnel.html."""
-    about, (groups, scores) = json.loads((out / "funnel.json").read_text()), survey(out)
-    wanted = {row["of"] for name in PAIRED for row in groups.get(name, ()) if "of" in row}
-    partner = {}
-    for row in (row for name in ("evaluation", "manifest") for row in rows(out, name)):
-        sha = row.get("sha256")
-        if sha in wanted and (row["keep"] or sha not in partner):  # of equal ones, the one that stayed
-            partner[sha] = row
-    parts = ["<h1>The funnel</h1>", stage_table(about["stages"])]
-    parts += [f"<p>{html.escape(note)}</p>" for note in about["notes"]]
-    parts.append("<h2>Scores</h2><p>Of all readable images; the red line is the threshold.</p>")
-    quality = about["settings"]["quality"]
-    parts += [histogram(k, v, quality.get(CUTS.get(k))) for k, v in scores.items() if v]
-    parts.append("<h2>What was dropped, and why</h2>")
-    for reason in [*about["reasons"][1:], "kept"]:
-        if reason not in groups or not groups[reason]:
-            continue
-        group = groups[reason]
-        caption = "; below each, what it resembles" if reason in PAIRED else ""
-        total = about["stages"][-1][2][reason]
-        parts.append(f"<h3>{reason}</h3><small>{len(group)} of {total:,d}{caption}</small>")
-        if reason == "unreadable":
-            lines = [f"{row.get('path', row.get('key'))}: {row['detail']}" for row in group]
-            parts.append("<br>".join(map(html.escape, lines)))
-        else:
-            below = [[partner.get(row.get("of")) for row in group]] if reason in PAIRED else []
-            parts.append(f"<div>{sheet([group, *below])}</div>")
-    clusters = sorted(name for name in groups if isinstance(name, tuple))
-    if clusters:
-        parts.append("<h2>Clusters</h2><p>A line is a cluster of the finest level; evenly chosen ones.</p>")
-        parts.append(sheet([groups[c][:10] for c in clusters[:: -(-len(clusters) // 20)]]))
-    text = json.dumps(about["settings"], indent=1)
-    parts.append(f"<h2>Settings</h2><pre>{html.escape(text)}</pre>")
-    page = f"<!doctype html><meta charset=utf-8><title>Funnel</title><style>{STYLE}</style>"
-    atomic_write_text(out / "funnel.html", page + "\n".join(parts))
-
-
 def main():
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("out", type=Path, help="what curate.py has written")
-    draw(parser.parse_args().out)
+    parser = argparse.ArgumentParser("python -m curation.page", description=__doc__, formatter_class=form)
+    parser.add_argument("out", type=Path, help="the folder that a curation has written")
+    curation_report(parser.parse_args().out)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python -m evals.extract photos/ one.jpg --weights runs/laptop --out features.npz
     python -m evals.extract tar:/data/{000..010}.tar --weights dinov2_vits14_reg4 --out features.npz
 
-The .npz holds `cls` (n, D), `registers` (n, R, D), `patches` (n, N, D), `labels` (n,) and `paths` (n,). Images
-that do not decode are named, listed under `bad`, and left out. Stop it and start it again: it continues.
+The .npz holds `cls` (n, D), `registers` (n, R, D), `patches` (n, N, D), `labels` (n,) and `paths` (n,).
+Images that do not decode are reported, listed under `bad`, and left out. Interrupt it at any time: the same
+command resumes.
 
 Rows are appended to plain files beside the .npz, so memory does not grow with the number of images, and a
 killed run loses only its last seconds.
@@ -35,119 +36,152 @@ from runfolder import atomic_open, atomic_write_text
 from sources import open_images, sample_name
 from tools.weights import add_weights_args, open_backbone
 
-SAVE_EVERY = 10  # seconds of work that a killed job may have to do again
+SAVE_EVERY = 10  # seconds of work that a killed job may have to repeat
 PARTS = ("cls", "registers", "patches")
 
 
-@torch.no_grad()
 def extract_to_npz(out, backbone, images, parts=PARTS, dtype="float32", batch_size=64, num_workers=0):
-    """EvalImages through a backbone into `out` (.npz), resumable -> dict of `rows` and `bad`.
+    """Run EvalImages through a backbone into `out` (.npz), resumable -> dict with `rows` and `bad`.
 
-    Raises UserError if what lies half done beside `out` is of other images, weights or options.
+    Raises UserError if the half-done job beside `out` has other images, weights or options.
     """
-    device, work, a = next(backbone.parameters()).device, out.with_name(out.name + ".partial"), backbone.arch
-    shapes = dict(cls=(), registers=(a["num_register_tokens"],),
-                  patches=((images.size // a["patch_size"]) ** 2,))  # fmt: skip
-    columns = {k: (np.dtype(dtype), (*shapes[k], a["embed_dim"])) for k in parts}
-    columns |= dict(labels=(np.dtype("int64"), ()), numbers=(np.dtype("int64"), ()))
-    state, job = work / "state.json", job_fingerprint(backbone, images, columns)
-    images.keep = False  # each is looked at once
+    work = out.with_name(out.name + ".partial")
+    columns = column_types(backbone, images, parts, dtype)
+    progress = dict(job=job_fingerprint(backbone, images, columns), read=0, rows=0, bad=[])
+    state_file = work / "state.json"
+    if state_file.exists():
+        saved = json.loads(state_file.read_text())
+        if saved["job"] != progress["job"]:
+            others = "other images, weights or options"
+            raise UserError(f"{work} was begun with {others}: delete it or change --out")
+        progress = saved
     work.mkdir(parents=True, exist_ok=True)
-    done = json.loads(state.read_text()) if state.exists() else dict(job=job, read=0, rows=0, bad=[])
-    if done["job"] != job:
-        raise UserError(f"{work} was begun with other images, weights or options: delete it or change --out")
-    with ExitStack() as stack, tqdm(total=len(images), initial=done["read"], disable=None) as bar:
-        files = {k: stack.enter_context(open(work / k, "ab")) for k in columns}
-        for k, (kind, shape) in columns.items():  # a torn batch is done again
-            files[k].truncate(done["rows"] * kind.itemsize * math.prod(shape))
-        saved = time.monotonic()
-        for x, y, numbers in iterate_batches(images, batch_size, num_workers, done["read"]):
-            rows = backbone(normalize(x.to(device)))._asdict() if len(x) else {}
-            rows |= dict(labels=y, numbers=torch.tensor(numbers, dtype=torch.int64))
-            for k, (kind, _) in columns.items():
-                if k in rows:
-                    files[k].write(np.ascontiguousarray(rows[k].cpu().numpy(), kind))
-            read = min(done["read"] + batch_size, len(images))
-            bar.update(read - done["read"])
-            bad = [why for i, why in images.bad.items() if i >= done["read"]]
-            done |= dict(read=read, rows=done["rows"] + len(y), bad=done["bad"] + bad)
-            if read == len(images) or time.monotonic() - saved > SAVE_EVERY:
-                for file in files.values():
-                    file.flush()
-                    os.fsync(file.fileno())
-                atomic_write_text(state, json.dumps(done))
-                saved = time.monotonic()
-    write_npz(out, work, columns, done, images)
+    append_rows(work, columns, progress, backbone, images, batch_size, num_workers)
+    write_npz(out, work, columns, progress, images)
     shutil.rmtree(work)
-    return done
+    return progress
+
+
+def column_types(backbone, images, parts, dtype):
+    """{column: (dtype, shape of one row)} of the tokens wanted, the labels, and the numbers of the images."""
+    D = backbone.arch["embed_dim"]
+    R = backbone.arch["num_register_tokens"]
+    N = (images.size // backbone.arch["patch_size"]) ** 2
+    shapes = dict(cls=(D,), registers=(R, D), patches=(N, D))
+    columns = {name: (np.dtype(dtype), shapes[name]) for name in parts}
+    columns["labels"] = (np.dtype("int64"), ())
+    columns["numbers"] = (np.dtype("int64"), ())
+    return columns
 
 
 def job_fingerprint(backbone, images, options):
-    """What a half-done job must agree in: a hash of weights, names of images, their size, and the options."""
+    """A hash of all that a job must share with a half-done one to resume it: weights, images and options."""
     about = (images.size, images.resize, images.fit, len(images), options)
     digest = hashlib.sha256(repr(about).encode())
-    for name, x in backbone.state_dict().items():
-        some = x.flatten()[:: max(x.numel() // 512, 1)]
+    for name, tensor in backbone.state_dict().items():
+        some = tensor.flatten()[:: max(tensor.numel() // 512, 1)]  # 512 numbers of each tensor are enough
         digest.update(name.encode() + some.float().cpu().numpy().tobytes())
     for i in images.indices:
         digest.update(sample_name(images.dataset, i).encode())
     return digest.hexdigest()
 
 
-def write_npz(out, work, columns, done, images):
-    """The columns become the members of one .npz (a zip of .npy), copied as they lie; only the paths are ever
-    whole in memory."""
-    places = [images.indices[i] for i in np.fromfile(work / "numbers", dtype=np.int64)]
-    texts = dict(paths=[sample_name(images.dataset, i) for i in places], bad=done["bad"])
+@torch.no_grad()
+def append_rows(work, columns, progress, backbone, images, batch_size, num_workers):
+    """Append the rows of all unread images to `work`, a plain file per column, and update `progress`."""
+    device = next(backbone.parameters()).device
+    images.keep = False  # each image is read only once
+    with ExitStack() as stack, tqdm(total=len(images), initial=progress["read"], disable=None) as bar:
+        files = {name: stack.enter_context(open(work / name, "ab")) for name in columns}
+        for name, (kind, shape) in columns.items():  # a torn batch is cut off and done again
+            files[name].truncate(progress["rows"] * kind.itemsize * math.prod(shape))
+        last_save = time.monotonic()
+        for pixels, labels, numbers in iterate_batches(images, batch_size, num_workers, progress["read"]):
+            rows = dict(labels=labels, numbers=torch.tensor(numbers, dtype=torch.int64))
+            if len(pixels):
+                rows |= backbone(normalize(pixels.to(device)))._asdict()
+            for name, (kind, _) in columns.items():
+                if name in rows:
+                    files[name].write(np.ascontiguousarray(rows[name].cpu().numpy(), kind))
+            already_read = progress["read"]
+            progress["read"] = min(already_read + batch_size, len(images))
+            progress["rows"] += len(labels)
+            progress["bad"] += [reason for i, reason in images.bad.items() if i >= already_read]
+            bar.update(progress["read"] - already_read)
+            if progress["read"] == len(images) or time.monotonic() - last_save > SAVE_EVERY:
+                save_progress(work, files, progress)
+                last_save = time.monotonic()
+
+
+def save_progress(work, files, progress):
+    """Write rows and state to the disk: the rows first, since the state counts them."""
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+    atomic_write_text(work / "state.json", json.dumps(progress))
+
+
+def write_npz(out, work, columns, progress, images):
+    """Copy the columns into one .npz, a zip of .npy files; only the paths are ever whole in memory."""
+    numbers = np.fromfile(work / "numbers", dtype=np.int64)
+    paths = [sample_name(images.dataset, images.indices[i]) for i in numbers]
     with atomic_open(out) as f, zipfile.ZipFile(f, "w") as archive:
         for name, (kind, shape) in columns.items():
             if name == "numbers":
                 continue
-            head = dict(descr=npy.dtype_to_descr(kind), fortran_order=False, shape=(done["rows"], *shape))
-            with (
-                archive.open(f"{name}.npy", "w", force_zip64=True) as member,
-                open(work / name, "rb") as rows,
-            ):
-                npy.write_array_header_1_0(member, head)
-                shutil.copyfileobj(rows, member, 1 << 20)
-        for name, lines in texts.items():
+            shape = (progress["rows"], *shape)
+            header = dict(descr=npy.dtype_to_descr(kind), fortran_order=False, shape=shape)
+            with open(work / name, "rb") as rows:
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    npy.write_array_header_1_0(member, header)
+                    shutil.copyfileobj(rows, member, 1 << 20)
+        for name, texts in (("paths", paths), ("bad", progress["bad"])):
             with archive.open(f"{name}.npy", "w") as member:
-                npy.write_array(member, np.array(lines, dtype=np.str_))
+                npy.write_array(member, np.array(texts, dtype=np.str_))
 
 
-def main():
+def parse_args():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("images", nargs="+", help="images, folders, .tar shards, .jsonl lists; or one URI as scenes:1000")
+    add("images", nargs="+", help="images, folders, .tar shards, .jsonl lists; or a URI such as scenes:1000")
     add_weights_args(parser)
     add("--out", type=Path, default="features.npz")
-    add("--size", type=int, default=0, help="side of the square that is seen (default: the run's, or 224)")
-    add("--fit", choices=("crop", "resize", "pad"), default="crop", help="how it becomes a square: crop "
+    add("--size", type=int, default=0, help="side of the square input (default: the run's, or 224)")
+    add("--fit", choices=("crop", "resize", "pad"), default="crop", help="how an image becomes square: crop "
         "the centre, squeeze all of it, or keep its proportions and pad")  # fmt: skip
     add("--parts", default=",".join(PARTS), help="which tokens: some of cls,registers,patches")
     add("--dtype", choices=("float32", "float16"), default="float32")
     add("--batch-size", type=int, default=64)
-    add("--workers", type=int, default=0, help="processes that decode images beside the network")
-    args = parser.parse_args()
+    add("--workers", type=int, default=0, help="processes that decode images while the network runs")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     parts = args.parts.split(",")
     if not set(parts) <= set(PARTS):
-        raise UserError(f"--parts {args.parts}: what there is, is {', '.join(PARTS)}")
+        raise UserError(f"--parts {args.parts}: choose from {', '.join(PARTS)}")
     backbone, cfg = open_backbone(args.weights, args.download)
     size = args.size or cfg.evaluation.image_size or cfg.crops.global_crops_size
-    resize = cfg.evaluation.resize_size if not args.size and cfg.evaluation.resize_size else size
+    resize = size
+    if not args.size and cfg.evaluation.resize_size:
+        resize = cfg.evaluation.resize_size
     if size % backbone.patch_size:
-        raise UserError(f"--size {size} is no multiple of the patch of {backbone.patch_size} pixels")
+        raise UserError(f"--size {size} is not a multiple of the patch size, {backbone.patch_size} pixels")
     images = EvalImages(open_images(args.images), size, resize, fit=args.fit)
-    how = dict(crop=f"shrunk to {resize}, centre of {size} x {size}", resize=f"squeezed to {size} x {size}",
-               pad=f"long side to {size}, padded to {size} x {size}")[args.fit]  # fmt: skip
-    print(f"{args.weights}: {describe_backbone(backbone)}; {len(images)} images, each {how}")
+    shown = {
+        "crop": f"shrunk to {resize}, centre of {size} x {size}",
+        "resize": f"squeezed to {size} x {size}",
+        "pad": f"long side to {size}, padded to {size} x {size}",
+    }
+    print(f"{args.weights}: {describe_backbone(backbone)}; {len(images)} images, each {shown[args.fit]}")
     try:
         done = extract_to_npz(args.out, backbone, images, parts, args.dtype, args.batch_size, args.workers)
     except OSError as e:
         raise UserError(f"{args.out} cannot be written ({e}): make room; what is done is kept") from None
-    for why in done["bad"]:
-        print("left out:", why)
+    for reason in done["bad"]:
+        print("left out:", reason)
     print(f"wrote {args.out}: {done['rows']} rows of {', '.join([*parts, 'labels', 'paths'])}")
 
 

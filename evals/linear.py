@@ -1,18 +1,19 @@
-"""The linear probe: how much of the classes can one linear map read off frozen features?
+"""Linear probe: how well does one linear map classify frozen features?
 
-    python eval_linear.py --weights runs/laptop                        # trains it, on the run's own images
-    python eval_linear.py --weights runs/laptop --predict photo.jpg    # uses it
-    python eval_linear.py --weights dinov2_vits14_reg4 --head dinov2_vits14_reg4_linear_head.pth \\
-        --test folder:/data/val                                        # one of Meta's heads instead
+    python -m evals.linear --weights runs/laptop                        # train one, on the run's own images
+    python -m evals.linear --weights runs/laptop --predict photo.jpg    # use it
+    python -m evals.linear --weights dinov2_vits14_reg4 --head dinov2_vits14_reg4_linear_head.pth \\
+        --test folder:/data/val                                         # test one of Meta's heads instead
 
-The published grid (DINOv2, appendix B.3): {last block, last 4} x {[CLS], [CLS] + mean patch} x 13 learning
-rates, all trained at once. Prints the grid, and linear and k-NN accuracy beside those of an untrained
-network. Kept are head.pth, in Meta's layout, and head.json, which says what it sees and what it names.
+Trains the published grid (DINOv2, appendix B.3) all at once: {last block, last 4} x {[CLS], [CLS] + mean
+patch} x 13 learning rates. Prints the accuracy of each probe, then linear and k-NN accuracy beside those of
+an untrained network, and chance. Writes head.pth, in Meta's layout, and head.json: which features the head
+reads, and the names of its classes.
 
-What is unusual here: the 13 probes of one input are one matrix, and need no autograd (the gradient of softmax
-regression is p - y). Features are computed once and kept: 20 D bytes per image, 10 GB for ImageNet and ViT-S;
-`--augment` computes them anew for a fresh crop in each epoch, as published. The best of the 52 is chosen on a
-tenth of the *training* images; the published protocol chooses it on the very images it reports.
+The 13 probes of one input are a single matrix and need no autograd: the gradient of softmax regression is
+p - y. Features are computed once and kept: 20 D bytes per image, 10 GB for ImageNet and ViT-S. `--augment`
+recomputes them for a fresh crop in every epoch, as published. The best of the 52 probes is chosen on a tenth
+of the *training* images; the published protocol chooses it on the same images that it reports.
 """
 
 import argparse
@@ -37,57 +38,80 @@ from runfolder import atomic_open, atomic_write_text
 from sources import open_images, sample_name, to_tensor
 from tools.weights import add_weights_args, open_backbone
 
-RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # for a batch of 256
-SAVE_EVERY = 20  # seconds of training that a killed job may have to do again
-MOST = 100_000  # classes: beyond that a label is no number of a class
+LEARNING_RATES = (  # for a batch of 256
+    1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # fmt: skip
+SAVE_EVERY = 20  # seconds of training that a killed job may have to repeat
+MAX_CLASSES = 100_000  # a larger label is not the number of a class
 
 
-# ---------------------------------------------------------------- what a probe sees
+# ---------------------------------------------------------------- the features that a probe reads
 
 
 @torch.no_grad()
-def inputs(backbone, pixels):
-    """uint8 (b, 3, S, S) -> (b, 5 D): [CLS] of the last 4 blocks in order, then the mean patch of the last,
-    all after the final norm. A network of less than 4 blocks: (b, 2 D), of its last."""
+def probe_features(backbone, pixels):
+    """uint8 (b, 3, S, S) -> fp32 (b, 5 D): [CLS] of the last 4 blocks in order, then the last's mean patch.
+
+    All come after the final norm. A network of fewer than 4 blocks gives (b, 2 D), from its last block.
+    """
     depth = len(backbone.blocks)
-    layers = range(depth - (4 if depth >= 4 else 1), depth)
-    tokens = backbone.intermediate(normalize(pixels.to(backbone.norm.weight.device)), layers)
-    return torch.cat([*(t.cls for t in tokens), tokens[-1].patches.mean(1)], dim=1).float()
+    first_block = depth - 4 if depth >= 4 else depth - 1
+    images = normalize(pixels.to(backbone.norm.weight.device))
+    blocks = backbone.intermediate(images, range(first_block, depth))
+    parts = [tokens.cls for tokens in blocks]
+    parts.append(blocks[-1].patches.mean(1))
+    return torch.cat(parts, dim=1).float()
 
 
-def columns(backbone):
-    """{name: its columns of `inputs`}. Meta's heads of 1 and of 4 layers see the second and the fourth."""
+def input_slices(backbone):
+    """{name of an input: its columns in `probe_features`}.
+
+    Meta's heads of 1 layer read "1 block, CLS + mean", those of 4 layers "4 blocks, CLS + mean".
+    """
     D = backbone.embed_dim
-    end = 5 * D if len(backbone.blocks) >= 4 else 2 * D
-    one = {"1 block, CLS": slice(end - 2 * D, end - D), "1 block, CLS + mean": slice(end - 2 * D, end)}
-    four = {"4 blocks, CLS": slice(0, 4 * D), "4 blocks, CLS + mean": slice(0, 5 * D)}
-    return one | four if end == 5 * D else one
+    if len(backbone.blocks) < 4:
+        return {"1 block, CLS": slice(0, D), "1 block, CLS + mean": slice(0, 2 * D)}
+    return {
+        "1 block, CLS": slice(3 * D, 4 * D),
+        "1 block, CLS + mean": slice(3 * D, 5 * D),
+        "4 blocks, CLS": slice(0, 4 * D),
+        "4 blocks, CLS + mean": slice(0, 5 * D),
+    }
 
 
-def width(part):
-    return part.stop - part.start
+def slice_width(columns):
+    return columns.stop - columns.start
 
 
-def read_out(backbone, images, batch_size=256, num_workers=0):
-    """EvalImages -> inputs (n, 5 D), labels (n,), numbers (n,) of what is readable and has a label."""
-    found = iterate_batches(images, batch_size, num_workers)
-    parts = [(inputs(backbone, x).cpu(), y, torch.tensor(numbers)) for x, y, numbers in found if len(x)]
-    if not parts:
+def labelled_features(backbone, images, batch_size=256, num_workers=0):
+    """EvalImages -> features (n, 5 D), labels (n,), numbers (n,) of the readable images that have a label."""
+    features = []
+    labels = []
+    numbers = []
+    for pixels, batch_labels, batch_numbers in iterate_batches(images, batch_size, num_workers):
+        if len(pixels):
+            features.append(probe_features(backbone, pixels).cpu())
+            labels.append(batch_labels)
+            numbers.append(torch.tensor(batch_numbers))
+    if not features:
         raise UserError("none of these images can be read")
-    x, y, numbers = (torch.cat(p) for p in zip(*parts))
-    return *keep_labelled(x, y), numbers[y >= 0]
+    labels = torch.cat(labels)
+    features, known_labels = keep_labelled(torch.cat(features), labels)
+    return features, known_labels, torch.cat(numbers)[labels >= 0]
 
 
 class RandomCrops(Dataset):
-    """self[epoch, i] -> a crop of 8 to 100 % of image i, perhaps mirrored, uint8 (3, S, S), and its label: a
-    function of the two numbers."""
+    """self[epoch, i] -> a random crop of image i, uint8 (3, S, S), and its label.
+
+    It covers 8 to 100 % of the image, and may be mirrored. The same two numbers always give the same crop.
+    """
 
     def __init__(self, images):
         published = ["crops.global_crops_scale=[0.08, 1]", "crops.local_crops_number=0"]
-        self.images, self.crops = images, config.load(overrides=published).crops
+        self.images = images
+        self.crops = config.load(overrides=published).crops
 
-    def __getitem__(self, at):
-        epoch, i = at
+    def __getitem__(self, key):
+        epoch, i = key
         image, label = load_image(self.images.dataset, self.images.indices[i])
         rng = np.random.default_rng(stable_hash("probe", epoch, i))
         boxes, flips, _ = sample_crop_params(rng, self.crops, *image.size)
@@ -97,262 +121,344 @@ class RandomCrops(Dataset):
 # ---------------------------------------------------------------- all probes at once
 
 
-def new_grid(parts, classes, device="cpu"):
-    """{kind: [weight (R, C, d), bias (R, C), their momenta]}: N(0, 0.01), alike for all R rates; zeros."""
-    grid = {}
-    for kind, part in parts.items():
-        first = torch.randn(classes, width(part), generator=torch.Generator().manual_seed(0))
-        weight = (0.01 * first).expand(len(RATES), -1, -1).clone().to(device)
+def init_probes(slices, classes, device="cpu"):
+    """{input: [weight (r, C, d), bias (r, C), momentum of weight, momentum of bias]}, for r learning rates.
+
+    Weights are drawn from N(0, 0.01), the same for every rate; the rest is zero.
+    """
+    probes = {}
+    for name, columns in slices.items():
+        generator = torch.Generator().manual_seed(0)
+        initial = 0.01 * torch.randn(classes, slice_width(columns), generator=generator)
+        weight = initial.expand(len(LEARNING_RATES), -1, -1).clone().to(device)
         bias = torch.zeros(weight.shape[:2], device=device)
-        grid[kind] = [weight, bias, torch.zeros_like(weight), torch.zeros_like(bias)]
-    return grid
+        probes[name] = [weight, bias, torch.zeros_like(weight), torch.zeros_like(bias)]
+    return probes
 
 
-def sgd_step(x, y, state, rates):
-    """One step of R softmax regressions, in place: x (b, d), y (b,), rates (R,); momentum 0.9."""
-    weight, bias, weight_momentum, bias_momentum = state
-    logits = (x @ weight.flatten(0, 1).T).unflatten(1, bias.shape) + bias  # (b, R, C)
+def sgd_step(features, labels, probes, rates):
+    """One step of r softmax regressions, in place: features (b, d), labels (b,), rates (r,); momentum 0.9."""
+    weight, bias, weight_momentum, bias_momentum = probes
+    logits = (features @ weight.flatten(0, 1).T).unflatten(1, bias.shape) + bias  # (b, r, C)
     error = logits.softmax(-1)
-    error[torch.arange(len(x), device=x.device), :, y] -= 1  # p - y: the gradient of the cross-entropy
-    error /= len(x)
-    weight_momentum.mul_(0.9).add_((error.flatten(1).T @ x).view_as(weight))
+    rows = torch.arange(len(features), device=features.device)
+    error[rows, :, labels] -= 1  # p - y: the gradient of the cross-entropy
+    error /= len(features)
+    weight_momentum.mul_(0.9).add_((error.flatten(1).T @ features).view_as(weight))
     bias_momentum.mul_(0.9).add_(error.sum(0))
     weight.sub_(rates[:, None, None] * weight_momentum)
     bias.sub_(rates[:, None] * bias_momentum)
 
 
-def cosine(step, iterations):
+def cosine_decay(step, iterations):
     """From 1 at the first step to 0 after the last."""
     return 0.5 * (1 + math.cos(math.pi * step / iterations))
 
 
-def plan(n, batch_size, first, last):
-    """Steps first...last - 1 -> epoch, rows (batch_size,) out of n. The order in an epoch is a function of
-    its number, so a killed job goes on with the very batches it would have had."""
-    for step in range(first, last):
-        epoch, k = divmod(step, n // batch_size)
-        if k == 0 or step == first:
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(epoch))
-        yield epoch, order[k * batch_size :][:batch_size]
+def shuffled_batches(n, batch_size, first, last):
+    """For each of the steps first...last - 1: its epoch, and its batch, (batch_size,) row numbers below n.
 
-
-def train(grid, parts, stream, iterations, batch_size, file, job):
-    """SGD on all probes; `stream(step)` gives batches x (b, 5 D), y (b,) from that step on -> the grid.
-
-    Saved in `file` on the way; goes on from there, bit by bit the same, if it is of the same `job`.
+    The order within an epoch depends on its number alone, so a resumed job gets the batches that it would
+    have had without the interruption.
     """
-    device, saved = next(iter(grid.values()))[0].device, dict(job=job, step=0, grid=grid)
-    if file.exists():
-        try:
-            saved = torch.load(file, map_location=device, weights_only=True)
-        except Exception:  # whatever a damaged file leads to
-            saved = dict(job="damaged")
-        if saved["job"] != job:
-            raise UserError(f"{file} is half a probe of other images, weights or options: delete it")
-    grid, first, since = saved["grid"], saved["step"], time.monotonic()
-    rates = torch.tensor(RATES, device=device) * batch_size / 256
-    for step, (x, y) in enumerate(tqdm(stream(first), total=iterations, initial=first, disable=None), first):
-        x, y, now = x.to(device), y.to(device), rates * cosine(step, iterations)
-        for kind, part in parts.items():
-            sgd_step(x[:, part], y, grid[kind], now)
-        if step + 1 == iterations or time.monotonic() - since > SAVE_EVERY:
+    for step in range(first, last):
+        epoch, position = divmod(step, n // batch_size)
+        if position == 0 or step == first:
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(epoch))
+        yield epoch, order[position * batch_size :][:batch_size]
+
+
+def augmented_batches(backbone, images, numbers, schedule, num_workers=0):
+    """Features and labels of fresh crops, for a schedule of epochs and rows of `numbers` (n,)."""
+
+    def crop_keys():
+        for epoch, rows in schedule:
+            yield [(epoch, i) for i in numbers[rows].tolist()]
+
+    loader = DataLoader(RandomCrops(images), batch_sampler=crop_keys(), num_workers=num_workers)
+    for pixels, labels in loader:
+        yield probe_features(backbone, pixels), labels
+
+
+def resume_probes(probes, file, job):
+    """-> probes and the number of steps they were trained for: from `file` if it exists, else these and 0."""
+    if not file.exists():
+        return probes, 0
+    device = next(iter(probes.values()))[0].device
+    try:
+        saved = torch.load(file, map_location=device, weights_only=True)
+    except Exception:  # a damaged file may raise anything
+        saved = dict(job="damaged")
+    if saved["job"] != job:
+        raise UserError(f"{file} holds a half-trained probe of other images, weights or options: delete it")
+    return saved["grid"], saved["step"]
+
+
+def train_probes(probes, slices, batches_from, iterations, batch_size, file, job):
+    """Train all probes by SGD and return them.
+
+    `batches_from(step)` yields features (b, 5 D) and labels (b,) from that step on. Progress is saved in
+    `file`; a call with the same `job` resumes there, with the same bits in the end, and one with another job
+    raises UserError.
+    """
+    device = next(iter(probes.values()))[0].device
+    probes, first = resume_probes(probes, file, job)
+    rates = torch.tensor(LEARNING_RATES, device=device) * batch_size / 256
+    last_save = time.monotonic()
+    progress = tqdm(batches_from(first), total=iterations, initial=first, disable=None)
+    for step, (features, labels) in enumerate(progress, first):
+        features = features.to(device)
+        labels = labels.to(device)
+        current_rates = rates * cosine_decay(step, iterations)
+        for name, columns in slices.items():
+            sgd_step(features[:, columns], labels, probes[name], current_rates)
+        if step + 1 == iterations or time.monotonic() - last_save > SAVE_EVERY:
             with atomic_open(file) as f:
-                torch.save(dict(job=job, step=step + 1, grid=grid), f)
-            since = time.monotonic()
-    return grid
+                torch.save(dict(job=job, step=step + 1, grid=probes), f)
+            last_save = time.monotonic()
+    return probes
 
 
-def accuracies(x, y, weight, bias):
-    """x (n, d), y (n,), weight (R, C, d), bias (R, C) -> R numbers in 0...1."""
-    return [((x @ w.T + b).argmax(-1) == y).float().mean().item() for w, b in zip(weight, bias)]
+def probe_accuracies(features, labels, weight, bias):
+    """features (n, d), labels (n,), weight (r, C, d), bias (r, C) -> list of r accuracies in 0...1."""
+    accuracies = []
+    for probe_weight, probe_bias in zip(weight, bias):
+        predicted = (features @ probe_weight.T + probe_bias).argmax(-1)
+        accuracies.append((predicted == labels).float().mean().item())
+    return accuracies
 
 
-def choose(grid, parts, x, y):
-    """Prints how often each probe is right -> kind and number of the best; of equals, the first."""
-    print(f"right on {len(y)} training images held out, by learning rate (for a batch of 256)")
-    print(" " * 20 + "".join(f"{r:>7g}" for r in RATES))
-    rows = {kind: accuracies(x[:, part], y, *grid[kind][:2]) for kind, part in parts.items()}
-    for kind, row in rows.items():
-        print(f"{kind:20s}" + "".join(f"{a:7.3f}" for a in row))
-    best = max(rows, key=lambda kind: max(rows[kind]))
-    r = rows[best].index(max(rows[best]))
-    hint = ", the highest: more --iterations may help" if r + 1 == len(RATES) else ""
-    print(f"best: {best}, rate {RATES[r]:g}{hint}")
-    return best, r
+def select_probe(probes, slices, features, labels):
+    """Print the accuracy of every probe -> input and number of the best; of equals, the first."""
+    print(f"accuracy on {len(labels)} held-out training images, by learning rate (for a batch of 256)")
+    print(" " * 20 + "".join(f"{rate:>7g}" for rate in LEARNING_RATES))
+    table = {}
+    for name, columns in slices.items():
+        weight, bias, *_ = probes[name]
+        table[name] = probe_accuracies(features[:, columns], labels, weight, bias)
+        print(f"{name:20s}" + "".join(f"{accuracy:7.3f}" for accuracy in table[name]))
+    best = max(table, key=lambda name: max(table[name]))
+    number = table[best].index(max(table[best]))
+    at_the_edge = number + 1 == len(LEARNING_RATES)
+    hint = ", the highest: more --iterations may help" if at_the_edge else ""
+    print(f"best: {best}, rate {LEARNING_RATES[number]:g}{hint}")
+    return best, number
 
 
-def count_classes(images, y, truth):
-    """C, or a UserError if these labels (n,), (m,) of the two sets cannot be learned and tested."""
-    names, top = images.dataset.classes, int(max(y.max(), truth.max()))
-    C = len(names) if names else int(y.max()) + 1
-    if top >= C:
-        raise UserError(f"there is a label {top}, but the training images have {C} classes, 0 to {C - 1}")
-    if C > MOST:
-        raise UserError(f"there is a label {top}: number the classes from 0 on, {MOST:,} at most")
-    if len(y) < 10 or len(y.unique()) < 2:
-        raise UserError(f"{len(y)} training images of {len(y.unique())} classes: 10 of 2 are the least")
-    return C
+def count_classes(images, labels, test_labels):
+    """The number of classes C. Raises UserError if labels (n,) and test labels (m,) do not allow a probe."""
+    names = images.dataset.classes
+    classes = len(names) if names else int(labels.max()) + 1
+    largest = int(max(labels.max(), test_labels.max()))
+    if largest >= classes:
+        known = f"the training images have {classes} classes, 0 to {classes - 1}"
+        raise UserError(f"there is a label {largest}, but {known}")
+    if classes > MAX_CLASSES:
+        raise UserError(f"there is a label {largest}: number the classes from 0, {MAX_CLASSES:,} at most")
+    seen = len(labels.unique())
+    if len(labels) < 10 or seen < 2:
+        raise UserError(f"{len(labels)} training images of {seen} classes: it takes at least 10 of 2 classes")
+    return classes
 
 
-def fit(backbone, bank, queries, file, iterations, batch_size, augment=False, num_workers=0, k=20):
+def fit_and_test(backbone, bank, queries, file, iterations, batch_size, augment=False, num_workers=0, k=20):
     """Train the grid on nine tenths of the bank, choose on the rest, test on the queries.
 
-    -> dict of `head` (weight, bias), `input`, `rate`, and the accuracies `linear`, `knn`, `chance`.
+    -> dict of `head` (weight, bias), `input`, `rate`, and the accuracies `chance`, `linear`, `knn`.
     """
-    x, y, numbers = read_out(backbone, bank, num_workers=num_workers)
-    q, truth, _ = read_out(backbone, queries, num_workers=num_workers)
-    C, parts = count_classes(bank, y, truth), columns(backbone)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    held, used = order[: len(x) // 10], order[len(x) // 10 :]
-    batch_size = min(batch_size, len(used))
+    features, labels, numbers = labelled_features(backbone, bank, num_workers=num_workers)
+    test_features, test_labels, _ = labelled_features(backbone, queries, num_workers=num_workers)
+    classes = count_classes(bank, labels, test_labels)
+    slices = input_slices(backbone)
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    held_out = order[: len(features) // 10]
+    training = order[len(features) // 10 :]
+    batch_size = min(batch_size, len(training))
 
-    def stream(first):
-        todo = ((epoch, used[rows]) for epoch, rows in plan(len(used), batch_size, first, iterations))
-        if not augment:
-            return ((x[rows], y[rows]) for _, rows in todo)
-        crops = ([(epoch, i) for i in numbers[rows].tolist()] for epoch, rows in todo)
-        loader = DataLoader(RandomCrops(bank), batch_sampler=crops, num_workers=num_workers)
-        return ((inputs(backbone, pixels), labels) for pixels, labels in loader)
+    def batches_from(step):
+        schedule = shuffled_batches(len(training), batch_size, step, iterations)
+        if augment:
+            return augmented_batches(backbone, bank, numbers[training], schedule, num_workers)
+        return ((features[training[rows]], labels[training[rows]]) for _, rows in schedule)
 
-    job = job_fingerprint(backbone, bank, (iterations, batch_size, augment, y.tolist()))
-    grid = new_grid(parts, C, backbone.norm.weight.device)
-    grid = train(grid, parts, stream, iterations, batch_size, file, job)
-    grid = {kind: [v.cpu() for v in state[:2]] for kind, state in grid.items()}
-    kind, r = choose(grid, parts, x[held], y[held])
-    weight, bias = (v[r] for v in grid[kind])
-    cls = parts["1 block, CLS"]
-    return dict(head=dict(weight=weight, bias=bias), input=kind, rate=RATES[r], chance=majority_accuracy(truth),
-                linear=accuracies(q[:, parts[kind]], truth, weight[None], bias[None])[0],
-                knn=max(knn_accuracy(x[:, cls], y, q[:, cls], truth, ks=(k,)).values()))  # fmt: skip
+    job = job_fingerprint(backbone, bank, (iterations, batch_size, augment, labels.tolist()))
+    probes = init_probes(slices, classes, backbone.norm.weight.device)
+    probes = train_probes(probes, slices, batches_from, iterations, batch_size, file, job)
+    for name, (weight, bias, *_) in probes.items():
+        probes[name] = [weight.cpu(), bias.cpu()]
+    best, number = select_probe(probes, slices, features[held_out], labels[held_out])
+    weight, bias = (x[number] for x in probes[best])
+    columns = slices[best]
+    cls = slices["1 block, CLS"]
+    return dict(
+        head=dict(weight=weight, bias=bias),
+        input=best,
+        rate=LEARNING_RATES[number],
+        chance=majority_accuracy(test_labels),
+        linear=probe_accuracies(test_features[:, columns], test_labels, weight[None], bias[None])[0],
+        knn=max(knn_accuracy(features[:, cls], labels, test_features[:, cls], test_labels, ks=(k,)).values()),
+    )
 
 
 # ---------------------------------------------------------------- heads in files
 
 
-def write_head(file, head, about):
-    """head.pth: {weight (C, d), bias (C,)}, as Meta's; head.json: what it sees and what it names."""
+def write_linear_head(file, head, about):
+    """Write head.pth, of weight (C, d) and bias (C,), as Meta's, and head.json: its input and its classes."""
     with atomic_open(file) as f:
-        torch.save({k: v.clone() for k, v in head.items()}, f)
+        torch.save({name: x.clone() for name, x in head.items()}, f)
     atomic_write_text(file.with_suffix(".json"), json.dumps(about, indent=1))
 
 
-def identity(backbone):
+def backbone_fingerprint(backbone):
     return job_fingerprint(backbone, EvalImages([], 0), ())  # of the weights alone
 
 
-def read_head(file, backbone):
-    """-> weight (C, d), bias (C,), the columns of `inputs` that it sees, and what its .json says.
+def read_linear_head(file, backbone):
+    """-> weight (C, d), bias (C,), the columns of `probe_features` that it reads, the content of its .json.
 
-    A head without .json is one of Meta's: of 2 D (1 block) or 5 D (4 blocks). UserError if it does not fit.
+    A head without a .json is one of Meta's, for 1 block (2 D inputs) or 4 (5 D). Raises UserError if the file
+    is not a head, or not one of this backbone.
     """
     if not file.is_file():
         raise UserError(f"there is no head at {file}: train one first, or name it with --head")
     head, _ = read_tensors(file)
-    match sorted((k, *v.shape) for k, v in head.items()):
-        case [("bias", n), ("weight", C, d)] if n == C:
-            beside = file.with_suffix(".json")
-        case shapes:
-            raise UserError(f"{file} is no head of weight (C, d) and bias (C,): it holds {shapes}")
-    about = json.loads(beside.read_text()) if beside.is_file() else {}
-    parts = columns(backbone)
-    meta = {width(part): kind for kind, part in parts.items() if kind.endswith("mean")}
-    part = parts.get(about.get("input", meta.get(d)), slice(0, 0))
-    if width(part) != d:
-        whose = [s["embed_dim"] for s in SIZES.values() if d in (2 * s["embed_dim"], 5 * s["embed_dim"])]
-        whose = f" (as for a width of {whose[0]})" if whose else ""
-        raise UserError(f"{file} is for inputs of {d} numbers{whose}, but a {describe_backbone(backbone)} gives "
-                        f"{' or '.join(map(str, meta))}: this is the head of another backbone")  # fmt: skip
-    if about.get("backbone", identity(backbone)) != identity(backbone):
-        raise UserError(f"{file} belongs to other weights, {about['weights']}: give those, or train anew")
-    return head["weight"].float(), head["bias"].float(), part, about
+    shapes = {name: list(x.shape) for name, x in head.items()}
+    weight_shape = shapes.get("weight", [])
+    if len(weight_shape) != 2 or shapes != dict(weight=weight_shape, bias=weight_shape[:1]):
+        raise UserError(f"{file} is not a head of weight (C, d) and bias (C,): it holds {shapes}")
+    json_file = file.with_suffix(".json")
+    about = json.loads(json_file.read_text()) if json_file.is_file() else {}
+    columns = head_columns(file, backbone, about.get("input"), weight_shape[1])
+    fingerprint = backbone_fingerprint(backbone)
+    if about.get("backbone", fingerprint) != fingerprint:
+        raise UserError(f"{file} belongs to other weights, {about['weights']}: use those, or train anew")
+    return head["weight"].float(), head["bias"].float(), columns, about
 
 
-def predict(backbone, images, weight, bias, part, names):
-    """Prints the likeliest classes of each image and their probabilities."""
-    said = 0
-    for x, _, numbers in iterate_batches(images, 16):
-        logits = inputs(backbone, x)[:, part].cpu() @ weight.T + bias if len(x) else ()
-        for i, row in zip(numbers, logits):
-            likely, which = (v.tolist() for v in row.softmax(-1).topk(min(3, len(row))))
-            answers = ", ".join(f"{names[c] if names else c} {p:.1%}" for p, c in zip(likely, which))
+def head_columns(file, backbone, name, width):
+    """The columns of `probe_features` that a head of `width` inputs reads. name: of its input, or None."""
+    slices = input_slices(backbone)
+    meta_inputs = {slice_width(columns): key for key, columns in slices.items() if key.endswith("mean")}
+    columns = slices.get(name or meta_inputs.get(width))
+    if columns is None or slice_width(columns) != width:
+        fitting = [size["embed_dim"] for size in SIZES.values() if width / size["embed_dim"] in (2, 5)]
+        hint = f" (as from a width of {fitting[0]})" if fitting else ""
+        available = f"a {describe_backbone(backbone)} gives {' or '.join(map(str, meta_inputs))}"
+        raise UserError(f"{file} needs {width} inputs{hint}, but {available}: it belongs to another backbone")
+    return columns
+
+
+# ---------------------------------------------------------------- the command
+
+
+def print_top_classes(backbone, images, weight, bias, columns, class_names):
+    """Print the three likeliest classes of each image and their probabilities."""
+    readable = 0
+    for pixels, _, numbers in iterate_batches(images, 16):
+        if not len(pixels):
+            continue
+        readable += len(pixels)
+        logits = probe_features(backbone, pixels)[:, columns].cpu() @ weight.T + bias
+        top = logits.softmax(-1).topk(min(3, len(bias)))
+        for i, classes, probs in zip(numbers, top.indices.tolist(), top.values.tolist()):
+            names = [class_names[c] for c in classes] if class_names else classes
+            answers = ", ".join(f"{name} {prob:.1%}" for name, prob in zip(names, probs))
             print(f"{sample_name(images.dataset, i)}: {answers}")
-        said += len(x)
-    for why in images.bad.values():
-        print("left out:", why)
-    if not said:
+    for reason in images.bad.values():
+        print("left out:", reason)
+    if not readable:
         raise UserError("none of these images can be read")
 
 
-def judge(backbone, images, weight, bias, part, names):
-    """Top-1 accuracy of a head, not trained here, on EvalImages; its class c must be their label c."""
-    x, y, _ = read_out(backbone, images)
-    there, C = images.dataset.classes, len(bias)
-    if int(y.max()) >= C or (there and names and there != names) or (there and len(there) != C):
-        raise UserError(f"the head names {C} classes, the test images {len(there or y.unique())} with labels "
-                        f"up to {int(y.max())}: they are not the same classes")  # fmt: skip
-    return accuracies(x[:, part], y, weight[None], bias[None])[0]
+def head_accuracy(backbone, images, weight, bias, columns, class_names):
+    """Top-1 accuracy of a head on EvalImages. Raises UserError if its class c is not their label c."""
+    features, labels, _ = labelled_features(backbone, images)
+    classes = len(bias)
+    largest = int(labels.max())
+    image_classes = images.dataset.classes
+    other_names = image_classes and class_names and image_classes != class_names
+    other_count = image_classes and len(image_classes) != classes
+    if largest >= classes or other_names or other_count:
+        count = len(image_classes or labels.unique())
+        theirs = f"the test images {count}, with labels up to {largest}"
+        raise UserError(f"the head has {classes} classes, {theirs}: they are not the same classes")
+    return probe_accuracies(features[:, columns], labels, weight[None], bias[None])[0]
 
 
-def compare(args, backbone, cfg, out):
-    """Train, keep the head, and print how it does beside k-NN, an untrained network and chance."""
+def compare_with_untrained(args, backbone, cfg, out):
+    """Train a head, write it, and print its accuracy beside k-NN, an untrained network and chance."""
     bank, queries = open_eval_sets(cfg, args.train, args.test, args.limit)
-    print(f"{args.weights}: {describe_backbone(backbone)}; {len(bank)} training images, {len(queries)} test images")
+    described = describe_backbone(backbone)
+    print(f"{args.weights}: {described}; {len(bank)} training images, {len(queries)} test images")
     out.mkdir(parents=True, exist_ok=True)
-    how = dict(iterations=args.iterations, batch_size=args.batch_size, augment=args.augment,
-               num_workers=cfg.train.num_workers, k=cfg.evaluation.knn_k)  # fmt: skip
-    rows = {"this backbone": fit(backbone, bank, queries, out / "grid.pth", **how)}
-    about = dict(weights=args.weights, backbone=identity(backbone), pixels=[bank.size, bank.resize],
-                 classes=bank.dataset.classes, **rows["this backbone"])  # fmt: skip
-    write_head(out / "head.pth", about.pop("head"), about)
-    if not (args.no_baseline or args.weights.startswith("random:")):
-        print("\nthe same network at random initialisation:")
-        twin = untrained_copy(backbone, cfg)
-        rows["random initialisation"] = fit(twin, bank, queries, out / "grid_random.pth", **how)
-    print(f"\n{'top-1 accuracy':22s}  linear  k-NN (k = {how['k']})")
+    options = dict(iterations=args.iterations, batch_size=args.batch_size, augment=args.augment,
+                   num_workers=cfg.train.num_workers, k=cfg.evaluation.knn_k)  # fmt: skip
+    result = fit_and_test(backbone, bank, queries, out / "grid.pth", **options)
+    head = result.pop("head")
+    about = dict(weights=args.weights, backbone=backbone_fingerprint(backbone),
+                 pixels=[bank.size, bank.resize], classes=bank.dataset.classes)  # fmt: skip
+    write_linear_head(out / "head.pth", head, about | result)
+    rows = {"this backbone": result}
+    if not args.no_baseline and not args.weights.startswith("random:"):
+        print("\nthe same network with random weights:")
+        untrained = untrained_copy(backbone, cfg)
+        file = out / "grid_random.pth"
+        rows["random initialisation"] = fit_and_test(untrained, bank, queries, file, **options)
+    print(f"\n{'top-1 accuracy':22s}  linear  k-NN (k = {options['k']})")
     for name, row in rows.items():
         print(f"{name:22s}  {row['linear']:.3f}   {row['knn']:.3f}")
-    print(f"{'chance':22s}  {about['chance']:.3f}\nwrote {out}/head.pth")
-    for why in [*bank.bad.values(), *queries.bad.values()]:
-        print("left out:", why)
-    for half_done in ("grid.pth", "grid_random.pth"):
-        (out / half_done).unlink(missing_ok=True)
+    print(f"{'chance':22s}  {result['chance']:.3f}\nwrote {out}/head.pth")
+    for reason in [*bank.bad.values(), *queries.bad.values()]:
+        print("left out:", reason)
+    for half_trained in ("grid.pth", "grid_random.pth"):
+        (out / half_trained).unlink(missing_ok=True)
 
 
-def main():
+def parse_args():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add_weights_args(parser)
     add_eval_args(parser)
-    add("--iterations", type=int, default=2500, help="steps of SGD (published: 12500)")
-    add("--batch-size", type=int, default=128, help="images of a step (published: 128 on each of 8 GPUs)")
+    add("--iterations", type=int, default=2500, help="SGD steps (published: 12500)")
+    add("--batch-size", type=int, default=128, help="images per step (published: 128 on each of 8 GPUs)")
     add("--augment", action="store_true", help="a fresh crop of each image in each epoch: slow, as published")
-    add("--no-baseline", action="store_true", help="leave out the untrained network")
-    add("--out", type=Path, help="folder of head.pth (default: linear/ in the run, or here)")
-    add("--head", type=Path, help="a head to test or to predict with, instead of training one")
+    add("--no-baseline", action="store_true", help="skip the untrained network")
+    add("--out", type=Path, help="folder for head.pth (default: linear/ in the run, or here)")
+    add("--head", type=Path, help="test or predict with this head instead of training one")
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or shards to classify")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     photos = open_images(args.predict) if args.predict else None
     backbone, cfg = open_backbone(args.weights, args.download)
-    e, run = cfg.evaluation, Path(args.weights)
+    run = Path(args.weights)
     out = args.out or (run / "linear" if run.is_dir() else Path("linear"))
+    evaluation = cfg.evaluation
     if photos or args.head:
-        *head, about = read_head(args.head or out / "head.pth", backbone)
-        e.image_size, e.resize_size = about.get("pixels", (e.image_size, e.resize_size))
+        *head, about = read_linear_head(args.head or out / "head.pth", backbone)
+        class_names = about.get("classes")
+        if "pixels" in about:  # the size that it was trained at
+            evaluation.image_size, evaluation.resize_size = about["pixels"]
     if args.image_size:
-        e.image_size = e.resize_size = args.image_size
+        evaluation.image_size = args.image_size
+        evaluation.resize_size = args.image_size
     if photos:
-        images = EvalImages(photos, e.image_size or cfg.crops.global_crops_size, e.resize_size)
-        return predict(backbone, images, *head, about.get("classes"))
-    if args.head:
-        queries = open_eval_sets(cfg, args.test, args.test, args.limit)[1]
-        accuracy = judge(backbone, queries, *head, about.get("classes"))
+        size = evaluation.image_size or cfg.crops.global_crops_size
+        images = EvalImages(photos, size, evaluation.resize_size)
+        print_top_classes(backbone, images, *head, class_names)
+    elif args.head:
+        _, queries = open_eval_sets(cfg, args.test, args.test, args.limit)
+        accuracy = head_accuracy(backbone, queries, *head, class_names)
         print(f"{args.head}: top-1 accuracy {accuracy:.3f} on {len(queries)} images")
-        return None
-    try:
-        return compare(args, backbone, cfg, out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error}): make room, or name another --out") from None
+    else:
+        try:
+            compare_with_untrained(args, backbone, cfg, out)
+        except OSError as e:
+            raise UserError(f"{out} cannot be written ({e}): make room, or name another --out") from None
 
 
 if __name__ == "__main__":

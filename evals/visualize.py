@@ -1,473 +1,437 @@
 """Pictures of what a backbone sees, for photos of any size and shape: one command, one PNG.
 
-    python visualize.py pca --against random:runs/laptop     # principal components of patch tokens as colours
-    python visualize.py pca a.jpg b.jpg --foreground         # the background greyed out first
-    python visualize.py attention a.jpg                      # what [CLS] and each register look at, by head
-    python visualize.py norms photos/                        # lengths of the patch tokens, and the outliers
-    python visualize.py sheet a.jpg                          # all of these for one image
-    python visualize.py training --weights runs/laptop       # the same images, checkpoint after checkpoint
-    python visualize.py registers --weights A --against B    # what registers do: compare 0 with 4 of them
+    python -m evals.visualize pca --against random:runs/laptop    # principal components as colours
+    python -m evals.visualize pca a.jpg b.jpg --foreground        # the background greyed out first
+    python -m evals.visualize attention a.jpg                     # of [CLS] and each register, by head
+    python -m evals.visualize norms photos/                       # lengths of patch tokens, and outliers
+    python -m evals.visualize sheet a.jpg                         # all of these for one image
+    python -m evals.visualize training --weights runs/laptop      # checkpoint after checkpoint
+    python -m evals.visualize registers --weights A --against B   # what registers do: compare 0 with 4
 
-What is unusual here: one colour means one thing in all images of a row (not from row to row), unless
---per-image is given. And the foreground is found in every image by itself: patch tokens are averaged with
-their neighbours (else patterns as fine as the patches, as in our scenes, are all that the first component
-sees), and of the two sides of the first component the foreground is the one that [CLS] looks at more. For
-DINOv2's figure 1 the component was shared by images of one kind.
+One colour means one thing in all images of a row (not from row to row), unless --per-image is given. The
+numbers behind the pictures are those of evals/patch_maps.py, which also says how the foreground is found.
 """
 
 import argparse
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import checkpoint
 import config
 from config import UserError
-from data import normalize
+from evals.patch_maps import (
+    first_component_iou,
+    foreground_map,
+    outliers,
+    patch_attention,
+    patch_norms,
+    patch_tokens,
+    pca_colors,
+)
+from evals.plot import Plot
+from evals.tiles import COLORMAP, TILE_SIDE, attention_tile, contact_sheet, heatmap_tile, image_tile
 from features import EvalImages, load_image, resize_to_patches, untrained_copy
-from model import DINOv2
+from model import DINOv2, VisionTransformer
 from runfolder import atomic_open
 from sources import BadImage, open_images, open_source, sample_name
 from tools.weights import add_weights_args, open_backbone
 
-COUNT = dict(pca=8, attention=2, norms=4, sheet=1, training=8, registers=3)  # images, unless --count says
-FLAGS = dict(pca="against per_image foreground", training="per_image foreground", registers="against")
-MOST = 4096  # patches of one image: a long one is shrunk, because its attention is a square of this side
-SIDE, COLUMNS, ROWS = 160, 9, 10  # a tile covers SIDE x SIDE pixels; maps in a line; checkpoints in a picture
-FONT, GREY, RED = 13, 217, (200, 50, 40)
-RAMP = np.array([(11, 16, 60), (28, 67, 129), (30, 128, 133), (104, 178, 92), (253, 231, 76)])
+DEFAULT_COUNT = dict(pca=8, attention=2, norms=4, sheet=1, training=8, registers=3)  # images in each picture
+OPTIONS_OF = dict(pca=("against", "per_image", "foreground"), training=("per_image", "foreground"),
+                  registers=("against",))  # fmt: skip
+MAX_PATCHES = 4096  # of one image: a long one is shrunk, because its attention is a square of this side
+MAX_MAPS_IN_ROW = 9
+MAX_CHECKPOINTS = 10  # in one picture
+HISTOGRAM_BINS = 60
+BACKGROUND_GREY = 217
+LIMIT_RED = (200, 50, 40)
 
 
-# ---------------------------------------------------------------- tiles, and pages of them
+class View(NamedTuple):
+    """A backbone and the images it looks at."""
+
+    title: str
+    backbone: VisionTransformer
+    images: list  # uint8 (3, H, W)
 
 
-def measure(text):
-    box = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font_size=FONT)
-    return (round(box[2]) + 1, round(box[3]) + 3) if text else (0, 0)
+class SheetRow(NamedTuple):
+    tiles: list
+    title: str = ""
+    captions: tuple = ()
 
 
-def page(rows, titles=None, captions=None, gap=4):
-    """Rows of PIL tiles -> one PIL image, in which nothing overlaps: texts make the room that they need.
+def draw_rows(rows):
+    """A list of SheetRow -> PIL image."""
+    tiles, titles, captions = zip(*rows)
+    return contact_sheet(tiles, titles, captions)
 
-    titles: a text for each row, at its left. captions: for each row a list of texts, under its tiles. Rows of
-    equally many tiles share their columns; other rows flow by themselves.
+
+# ---------------------------------------------------------------- images
+
+
+def shorten(name, length=22):
+    """The end of a name, which tells files apart better than its beginning."""
+    if len(name) <= length:
+        return name
+    return "..." + name[3 - length :]
+
+
+def load_photos(dataset, count):
+    """`count` photos, evenly spread -> their short names, and PIL images; prints what is left out."""
+    total = len(dataset)
+    indices = range(total)
+    if count < total:
+        indices = [i * total // count for i in range(count)]
+    names = []
+    photos = []
+    unreadable = []
+    for i in indices:
+        try:
+            photos.append(load_image(dataset, i)[0])
+        except BadImage as e:
+            unreadable.append(str(e))
+            continue
+        names.append(shorten(Path(sample_name(dataset, i)).stem))
+    if not photos:
+        raise UserError(f"there is nothing to draw: {unreadable[0]}")
+    for reason in unreadable:
+        print("left out:", reason)
+    if count < total:
+        print(f"{count} of {total} images, evenly spread: --count sets how many")
+    return names, photos
+
+
+def prepare_images(photos, backbone, cfg, size):
+    """PIL images -> uint8 (3, H, W), both sides multiples of the patch size.
+
+    The short side is `size`, or twice that of the evaluation (the native one, if larger); less for a long
+    image, which would have more than MAX_PATCHES.
     """
-    titles, captions = titles or [""] * len(rows), captions or [()] * len(rows)
-    captions = [[*texts, *[""] * (len(row) - len(texts))] for row, texts in zip(rows, captions)]
-    left = max(measure(t)[0] + 2 * gap if t else 0 for t in titles)
-    columns = {}  # number of tiles: the width of each
-    for row, texts in zip(rows, captions):
-        widths = [max(tile.width, measure(text)[0]) for tile, text in zip(row, texts)]
-        columns[len(row)] = [max(pair) for pair in zip(widths, columns.get(len(row), widths))]
-    tall = [max([measure(title)[1], *(tile.height for tile in row)]) for row, title in zip(rows, titles)]
-    below = [max(measure(text)[1] for text in texts) for texts in captions]
-    width = left + max(sum(c) + gap * (len(c) - 1) for c in columns.values())
-    sheet = Image.new("RGB", (width, sum(tall) + sum(below) + gap * (len(rows) - 1)), "white")
-    draw, y = ImageDraw.Draw(sheet), 0
-    for row, title, texts, high, under in zip(rows, titles, captions, tall, below):
-        x = left
-        draw.multiline_text((0, y + (high - measure(title)[1]) // 2), title, "black", font_size=FONT)
-        for tile, text, column in zip(row, texts, columns[len(row)]):
-            sheet.paste(tile, (x + (column - tile.width) // 2, y + (high - tile.height) // 2))
-            place = x + (column - measure(text)[0]) // 2, y + high
-            draw.multiline_text(place, text, "black", font_size=FONT, align="center")
-            x += column + gap
-        y += high + under + gap
-    return sheet
-
-
-def tile(x, side=SIDE):
-    """uint8 (3, H, W) -> PIL image with the area of side x side. Enlarged pixels stay sharp."""
-    image = Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
-    scale = side / (image.width * image.height) ** 0.5
-    size = [max(round(s * scale), 1) for s in image.size]
-    return image.resize(size, Image.NEAREST if scale > 1 else Image.LANCZOS)
-
-
-def heat(values, like):
-    """A map (h, w) of 0...1 in colours from dark blue to yellow, as large as the tile of `like` (3, H, W)."""
-    at = np.linspace(0, 1, len(RAMP))
-    colors = np.stack([np.interp(values.clamp(0, 1), at, channel) for channel in RAMP.T], -1)
-    return Image.fromarray(colors.round().astype(np.uint8)).resize(tile(like).size, Image.NEAREST)
-
-
-def histogram(values, limit, width=440, height=210):
-    """How many patch tokens have which norm, and the limit of outliers -> PIL image. Outliers are few: the
-    axis of counts is logarithmic."""
-    picture, top_value = Image.new("RGB", (width, height), "white"), max(values.max().item(), limit) * 1.1
-    counts = torch.histc(values, 60, 0, top_value).tolist()
-    draw, left, right, top, bottom = ImageDraw.Draw(picture), 56, width - 20, 26, height - 38
-
-    def x(value):
-        return left + (right - left) * value / top_value
-
-    def y(count):
-        return bottom - (bottom - top) * np.log1p(count) / np.log1p(max(counts))
-
-    def text(place, words, anchor, color="black"):
-        draw.text(place, words, color, anchor=anchor, font_size=FONT)
-
-    for i, count in enumerate(counts):
-        a, b = (x(top_value * k / len(counts)) for k in (i, i + 1))
-        draw.rectangle([a, y(count), b - 1, bottom], fill=tuple(RAMP[1]) if count else "white")
-    for power in range(len(str(int(max(counts))))):
-        text((left - 6, y(10**power)), f"{10**power:,}", "rm")
-    for k in range(5):
-        text((x(top_value * k / 4), bottom + 4), f"{top_value * k / 4:.3g}", "mt")
-    draw.line([left, top, left, bottom, right, bottom], "black")
-    draw.line([x(limit), top, x(limit), bottom], RED, 2)
-    text((x(limit), 4), f"limit {limit:.3g}", "rt", RED)
-    text((4, 4), "tokens", "lt")
-    text(((left + right) / 2, height - 4), "norm before the final norm", "mb")
-    return picture
-
-
-# ---------------------------------------------------------------- what is read off a backbone
-
-
-def look(backbone, x):
-    """uint8 (3, H, W) -> what a network takes, (1, 3, H, W), and its grid of patches (h, w)."""
-    p, device = backbone.patch_size, next(backbone.parameters()).device
-    return normalize(x[None].to(device)), (x.shape[1] // p, x.shape[2] // p)
-
-
-@torch.no_grad()
-def patch_tokens(backbone, x):
-    """uint8 (3, H, W) -> patch tokens (h, w, D) after the final norm, fp32 on the CPU."""
-    pixels, grid = look(backbone, x)
-    return backbone.eval()(pixels).patches[0].unflatten(0, grid).float().cpu()
-
-
-@torch.no_grad()
-def patch_norms(backbone, x):
-    """uint8 (3, H, W) -> lengths (h, w) of the patch tokens before the final norm, which makes them alike."""
-    (pixels, grid), last = look(backbone, x), len(backbone.blocks) - 1
-    patches = backbone.eval().intermediate(pixels, [last], norm=False)[0].patches[0]
-    return patches.norm(dim=-1).unflatten(0, grid).float().cpu()
-
-
-@torch.no_grad()
-def attention_of(backbone, x):
-    """uint8 (3, H, W) -> (heads, 1 + R, h, w): the attention that [CLS] and each register give to the patches
-    in the last block. What is missing to a sum of 1 goes to [CLS] and registers."""
-    (pixels, grid), first = look(backbone, x), 1 + backbone.num_register_tokens
-    maps = backbone.eval().attention_maps(pixels)[0, :, :first, first:]  # (heads, 1 + R, N)
-    return maps.unflatten(-1, grid).float().cpu()
-
-
-def principal(x, k):
-    """x (m, D) -> its k strongest components (m, k), centred. A direction has no sign of its own: the sum of
-    its numbers is made positive."""
-    some = x[:: 1 + len(x) // 100_000].double()
-    mean = some.mean(0)
-    some = some - mean
-    directions = torch.linalg.eigh(some.T @ some)[1].flip(1)[:, :k]  # (D, k), strongest first
-    directions = directions * torch.where(directions.sum(0) < 0, -1.0, 1.0)
-    return ((x.double() - mean) @ directions).float()
-
-
-def pca_colors(patches):
-    """patches (..., D) -> (..., 3) in 0...1: the first three principal components, outliers clipped."""
-    y = principal(patches.flatten(0, -2), 3)
-    low, high = torch.quantile(y[:: 1 + len(y) // 100_000], torch.tensor([0.02, 0.98]), dim=0)
-    return ((y - low) / (high - low + 1e-9)).clamp(0, 1).unflatten(0, patches.shape[:-1])
-
-
-def first_component(tokens, attention):
-    """tokens (h, w, D), attention (h, w) of [CLS] -> (h, w): the first component of one image, its tokens
-    averaged over 3 x 3. Positive is the foreground, where [CLS] looks more."""
-    smooth = F.avg_pool2d(tokens.permute(2, 0, 1)[None], 3, 1, 1, count_include_pad=False)
-    y = principal(smooth[0].flatten(1).T, 1).view(attention.shape)
-    return y if (y * attention).sum() >= 0 else -y
-
-
-def foreground(backbone, x):
-    return first_component(patch_tokens(backbone, x), attention_of(backbone, x)[:, 0].mean(0))
-
-
-def first_component_iou(backbone, scenes, size, count):
-    """How well the first component, cut at 0, finds the things in `count` scenes seen at `size` pixels: the
-    foreground's IoU over all pixels. Nothing is fitted to the masks."""
-    both = either = 0
-    for i in range(count):
-        mask = torch.from_numpy(scenes.scene(i)[2] > 0)
-        y = foreground(backbone, resize_to_patches(scenes[i][0], backbone.patch_size, size))
-        found = F.interpolate(y[None, None], size=mask.shape, mode="bilinear")[0, 0] >= 0
-        both, either = both + (found & mask).sum().item(), either + (found | mask).sum().item()
-    return both / max(either, 1)
-
-
-def outliers(norms, arch):
-    """norms (n,) -> the share of outliers, and the norm beyond which a token is one.
-
-    For ViT-g 150, set by hand in the registers paper (Darcet et al. 2023, figure 3: 2.37 % lie beyond).
-    Otherwise a rule of ours: median + 10 robust standard deviations (1.4826 MAD), at least twice the median.
-    """
-    median = norms.median()
-    robust = median + 10 * 1.4826 * (norms - median).abs().median()
-    giant = (arch["embed_dim"], arch["depth"]) == (1536, 40)
-    limit = 150.0 if giant else max(robust, 2 * median).item()
-    return (norms > limit).float().mean().item(), limit
-
-
-# ---------------------------------------------------------------- principal components
+    patch_size = backbone.patch_size
+    if not size:
+        evaluation_size = cfg.evaluation.image_size or cfg.crops.global_crops_size
+        size = max(2 * evaluation_size, backbone.arch["img_size"])
+    images = []
+    for photo in photos:
+        most_rows = (MAX_PATCHES * min(photo.size) / max(photo.size)) ** 0.5  # of patches on the short side
+        images.append(resize_to_patches(photo, patch_size, min(size, patch_size * most_rows)))
+    return images
 
 
 def large_sample(dataset, size, resize, count):
     """`count` images, evenly spread, at twice the size of an evaluation: uint8 (n, 3, 2 S, 2 S).
 
-    Four times the patches make a picture in which one recognises something.
+    Four times the patches make a picture in which one recognises something. Unreadable images are left out.
     """
     images = EvalImages(dataset, 2 * size, 2 * resize, limit=count)
-    items = (images[i] for i in range(len(images)))
+    items = [images[i] for i in range(len(images))]
     sample = [item[0] for item in items if not isinstance(item, BadImage)]
     if count < 1 or not sample:
         raise UserError(f"there is nothing to draw: {count} images wanted, {len(sample)} readable")
     return torch.stack(sample)
 
 
-def pca_row(backbone, images, side=SIDE, per_image=False, cut_out=False):
-    """uint8 images (3, H, W) of any sizes -> their patch tokens as coloured tiles. cut_out: the background is
-    grey, and the components are those of the foreground."""
-    tokens = [patch_tokens(backbone, x) for x in images]
-    kept = [torch.ones(t.shape[:2], dtype=torch.bool) for t in tokens]
-    if cut_out:
-        kept = [foreground(backbone, x) >= 0 for x in images]
-    chosen = [t[k] for t, k in zip(tokens, kept)]  # (m, D) each
+# ---------------------------------------------------------------- principal components
+
+
+def pca_row(backbone, images, side=TILE_SIDE, per_image=False, hide_background=False):
+    """uint8 images (3, H, W) of any sizes -> their patch tokens as coloured tiles.
+
+    per_image: the components of each image, instead of those of all. hide_background: it is grey, and the
+    components are those of the foreground.
+    """
+    kept_tokens = []  # (m, D) of each image
+    kept_masks = []  # bool (h, w) of each image
+    for image in images:
+        tokens = patch_tokens(backbone, image)
+        kept = torch.ones(tokens.shape[:2], dtype=torch.bool)
+        if hide_background:
+            kept = foreground_map(backbone, image) >= 0
+        kept_tokens.append(tokens[kept])
+        kept_masks.append(kept)
     if per_image:
-        colors = [pca_colors(c) for c in chosen]
+        colors = [pca_colors(tokens) for tokens in kept_tokens]
     else:
-        colors = pca_colors(torch.cat(chosen)).split([len(c) for c in chosen])
-    row = []
-    for x, k, c in zip(images, kept, colors):
-        picture = np.full((*k.shape, 3), GREY, np.uint8)
-        picture[k.numpy()] = (c * 255).to(torch.uint8)
-        row.append(Image.fromarray(picture).resize(tile(x, side).size, Image.NEAREST))
-    return row
+        counts = [len(tokens) for tokens in kept_tokens]
+        colors = pca_colors(torch.cat(kept_tokens)).split(counts)
+    tiles = []
+    for image, kept, color in zip(images, kept_masks, colors):
+        picture = np.full((*kept.shape, 3), BACKGROUND_GREY, np.uint8)
+        picture[kept.numpy()] = (color * 255).to(torch.uint8)
+        size = image_tile(image, side).size
+        tiles.append(Image.fromarray(picture).resize(size, Image.NEAREST))
+    return tiles
 
 
 def pca_sheet(backbones, images, side=128):
-    """A sheet with one column per image: the image above, and below it one PCA picture for each backbone.
+    """Images, and below them one row of principal components for each backbone -> PIL image.
 
-    backbones: list of VisionTransformer, images uint8 (n, 3, S, S) or a list of (3, H, W) -> PIL image.
+    backbones: list of VisionTransformer, images uint8 (n, 3, S, S) or a list of (3, H, W).
     """
-    return page([[tile(x, side) for x in images], *(pca_row(b, images, side) for b in backbones)])
+    rows = [[image_tile(image, side) for image in images]]
+    for backbone in backbones:
+        rows.append(pca_row(backbone, images, side))
+    return contact_sheet(rows)
 
 
-def draw_pca(views, names, per_image=False, cut_out=False):
-    """Images, and below them a row of components for each (title, backbone, images) of `views`."""
-    rows, titles = [], [""]
+def draw_pca(views, names, per_image=False, hide_background=False):
+    """Images with their names, and below them a row of components for each View -> PIL image."""
+    rows = []
     for title, backbone, images in views:
-        rows += [] if rows else [[tile(x) for x in images]]
-        rows.append(pca_row(backbone, images, SIDE, per_image, cut_out))
-        titles.append(title)
-    return page(rows, titles, [names, *[()] * (len(rows) - 1)])
+        if not rows:
+            rows.append(SheetRow([image_tile(image) for image in images], "", names))
+        rows.append(SheetRow(pca_row(backbone, images, TILE_SIDE, per_image, hide_background), title))
+    return draw_rows(rows)
 
 
-def report_iou(views, scenes):
+def print_foreground_iou(views, scenes):
+    """Of each View: how well the first component finds the objects of scenes, whose masks are known."""
     count = min(len(scenes), 200)
-    covered = sum((scenes.scene(i)[2] > 0).mean() for i in range(count)) / count
+    shares = [(scenes.scene(i)[2] > 0).mean() for i in range(count)]
     print(f"first component against the true masks of {count} scenes, foreground IoU:")
     for title, backbone, images in views:
-        print(f"  {first_component_iou(backbone, scenes, images[0].shape[1], count):.3f}  {title}")
-    print(f"  {covered:.3f}  if everything were called foreground")
+        size = images[0].shape[1]
+        print(f"  {first_component_iou(backbone, scenes, size, count):.3f}  {title}")
+    print(f"  {sum(shares) / count:.3f}  if everything were called foreground")
 
 
-def through_training(run, backbone, images, cfg):
-    """Yields (title, backbone, images): untrained (of the run's seed: as it began, unless given weights), and
-    the teacher of each checkpoint, in one network that is filled again and again."""
-    paths = checkpoint.step_folders(Path(run) / "checkpoints")  # newest first
-    if not paths:
+def teachers_through_training(run, backbone, cfg):
+    """Yields (title, backbone): untrained, as this run began, and the teacher of each checkpoint.
+
+    Untrained has the seed of the run; its own beginning differs only if it started from given weights. At
+    most MAX_CHECKPOINTS checkpoints, evenly spread. All teachers are one network that is filled again and
+    again: use each before the next. Raises UserError if there is no checkpoint.
+    """
+    folders = checkpoint.step_folders(Path(run) / "checkpoints")  # newest first
+    if not folders:
         raise UserError(f"{run} has no checkpoints: train with train.checkpoint_every=50 train.keep_last=9")
-    yield "untrained", untrained_copy(backbone, cfg, cfg.train.seed), images
+    yield "untrained", untrained_copy(backbone, cfg, cfg.train.seed)
     with torch.device("meta"):  # no numbers are drawn, only to be overwritten
         teacher = DINOv2(cfg)
     teacher = teacher.to_empty(device=backbone.norm.weight.device)
-    for path in paths[:: -(-len(paths) // ROWS)][::-1]:
-        if why := checkpoint.find_damage(path):
-            print(f"left out: {path}: {why}")
+    stride = math.ceil(len(folders) / MAX_CHECKPOINTS)
+    for folder in reversed(folders[::stride]):
+        damage = checkpoint.find_damage(folder)
+        if damage:
+            print(f"left out: {folder}: {damage}")
             continue
-        checkpoint.load_checkpoint(path, {"teacher": teacher.state_dict()})
-        yield f"step {int(path.name[5:])}", teacher.backbone, images
+        checkpoint.load_checkpoint(folder, {"teacher": teacher.state_dict()})
+        step = int(folder.name.removeprefix("step_"))
+        yield f"step {step}", teacher.backbone
 
 
 # ---------------------------------------------------------------- attention, norms, registers
 
 
 def token_name(t):
+    """Of the tokens before the patches, number t."""
     return f"register {t}" if t else "[CLS]"
 
 
-def attention_tile(m, x):
-    """Attention (h, w) over the image; square roots, because a few patches get nearly all of it."""
-    colors = heat((m / m.max().clamp(min=1e-12)).sqrt(), x)
-    return Image.blend(colors, tile(x).convert("L").convert("RGB"), 0.25)
+def attention_rows(backbone, image):
+    """A row of maps for [CLS] and each register (or more, if there are many heads): all heads, then each.
 
-
-def attention_lines(backbone, x):
-    """For [CLS] and each register a line (or more, if there are many heads): all heads, then each of them.
-    The number is the share of its attention that patches get."""
-    lines = []
-    for t, maps in enumerate(attention_of(backbone, x).unbind(1)):  # (heads, h, w)
+    The number is the share of the token's attention that patches get.
+    """
+    rows = []
+    for t, maps in enumerate(patch_attention(backbone, image).unbind(1)):  # (H, h, w)
         maps = [maps.mean(0), *maps]
-        texts = [f"{f'head {i}' if i else 'all heads'}: {m.sum():.0%}" for i, m in enumerate(maps)]
-        for i in range(0, len(maps), COLUMNS):
-            tiles = [attention_tile(m, x) for m in maps[i : i + COLUMNS]]
-            lines.append((tiles, "" if i else token_name(t), texts[i : i + COLUMNS]))
-    return lines
+        captions = [f"all heads: {maps[0].sum():.0%}"]
+        for head, attention in enumerate(maps[1:], start=1):
+            captions.append(f"head {head}: {attention.sum():.0%}")
+        tiles = [attention_tile(attention, image) for attention in maps]
+        for first in range(0, len(maps), MAX_MAPS_IN_ROW):
+            title = "" if first else token_name(t)
+            part = slice(first, first + MAX_MAPS_IN_ROW)
+            rows.append(SheetRow(tiles[part], title, captions[part]))
+    return rows
 
 
 def draw_attention(backbone, images, names):
-    lines = []
-    for x, name in zip(images, names):
-        lines += [([tile(x)], name, ()), *attention_lines(backbone, x)]
-    return page(*zip(*lines))
+    rows = []
+    for image, name in zip(images, names):
+        rows.append(SheetRow([image_tile(image)], name))
+        rows += attention_rows(backbone, image)
+    return draw_rows(rows)
 
 
 def norm_tiles(norms, images):
     """Norms (h, w) of each image -> maps on one scale of colours, and their ranges as captions."""
-    low, high = min(n.min() for n in norms), max(n.max() for n in norms)
-    tiles = [heat((n - low) / (high - low + 1e-9), x) for n, x in zip(norms, images)]
-    return tiles, [f"norms {n.min():.3g} to {n.max():.3g}" for n in norms]
+    low = min(values.min() for values in norms)
+    high = max(values.max() for values in norms)
+    tiles = []
+    captions = []
+    for values, image in zip(norms, images):
+        tiles.append(heatmap_tile((values - low) / (high - low + 1e-9), image))
+        captions.append(f"norms {values.min():.3g} to {values.max():.3g}")
+    return tiles, captions
+
+
+def norm_histogram(norms, limit):
+    """norms (n,) of patch tokens, and the limit beyond which one is an outlier -> PIL image.
+
+    Outliers are few: the axis of counts is logarithmic (log1p, so that empty bins stand at 0).
+    """
+    end = 1.1 * max(norms.max().item(), limit)
+    counts = torch.histc(norms, HISTOGRAM_BINS, 0, end).tolist()
+    largest = max(counts)
+    plot = Plot((460, 210), (76, 26, 440, 172), x_range=(0, end), y_range=(0, math.log1p(largest)))
+    for i, count in enumerate(counts):
+        if count:
+            low = end * i / HISTOGRAM_BINS
+            high = end * (i + 1) / HISTOGRAM_BINS
+            plot.draw_bar(low, high, math.log1p(count), tuple(COLORMAP[1]))
+    norm_ticks = [(end * k / 4, f"{end * k / 4:.3g}") for k in range(5)]
+    powers = [10**k for k in range(len(str(int(largest))))]
+    count_ticks = [(math.log1p(power), f"{power:,}") for power in powers]
+    plot.draw_axes(norm_ticks, count_ticks, x_label="norm before the final norm", y_label="tokens")
+    plot.draw_limit(limit, f"limit {limit:.3g}", LIMIT_RED)
+    return plot.image
 
 
 def norm_summary(norms, arch):
     """Norms (h, w) of each image -> a histogram of all, and a sentence about the outliers."""
-    norms = torch.cat([n.flatten() for n in norms])
+    norms = torch.cat([values.flatten() for values in norms])
     share, limit = outliers(norms, arch)
-    said = f"{share:.2%} of {len(norms):,} patch tokens are longer than {limit:.3g}"
-    return histogram(norms, limit), f"{said} (median {norms.median():.3g}, largest {norms.max():.3g})"
+    summary = (f"{share:.2%} of {len(norms):,} patch tokens are longer than {limit:.3g} "
+               f"(median {norms.median():.3g}, largest {norms.max():.3g})")  # fmt: skip
+    return norm_histogram(norms, limit), summary
 
 
 def draw_norms(backbone, images, names):
-    norms = [patch_norms(backbone, x) for x in images]
-    (maps, ranges), (chart, said) = norm_tiles(norms, images), norm_summary(norms, backbone.arch)
-    print(said)
-    return page([[tile(x) for x in images], maps, [chart]], captions=[names, ranges, [said]])
+    norms = [patch_norms(backbone, image) for image in images]
+    maps, ranges = norm_tiles(norms, images)
+    histogram, summary = norm_summary(norms, backbone.arch)
+    print(summary)
+    rows = [
+        SheetRow([image_tile(image) for image in images], captions=names),
+        SheetRow(maps, captions=ranges),
+        SheetRow([histogram], captions=[summary]),
+    ]
+    return draw_rows(rows)
 
 
 def draw_sheet(backbone, images, names):
     """For each image by itself: components, norms, attention, histogram."""
-    lines = []
-    for x, name in zip(images, names):
-        norms = [patch_norms(backbone, x)]
-        (maps, ranges), (chart, said) = norm_tiles(norms, [x]), norm_summary(norms, backbone.arch)
-        lines.append(([tile(x), *pca_row(backbone, [x]), *maps], name, ["image", "components", *ranges]))
-        lines += [*attention_lines(backbone, x), ([chart], "norms", [said])]
-    return page(*zip(*lines))
+    rows = []
+    for image, name in zip(images, names):
+        norms = [patch_norms(backbone, image)]
+        maps, ranges = norm_tiles(norms, [image])
+        histogram, summary = norm_summary(norms, backbone.arch)
+        tiles = [image_tile(image), *pca_row(backbone, [image]), *maps]
+        rows.append(SheetRow(tiles, name, ["image", "components", *ranges]))
+        rows += attention_rows(backbone, image)
+        rows.append(SheetRow([histogram], "norms", [summary]))
+    return draw_rows(rows)
 
 
-EXPECT = """
+REGISTERS_NOTE = """
 What to expect: small models have no outliers, with registers or without. In DINOv2 they appear in ViT-L and
 larger, after about a third of the training; of ViT-g's patch tokens 2.4 % are longer than 150, and with
 registers none stand out (Darcet et al. 2023, section 2). To see that, take released weights of L or g:
-    visualize.py registers PHOTOS --weights dinov2_vitg14 --against dinov2_vitg14_reg4 --download"""
+    python -m evals.visualize registers PHOTOS --download \\
+        --weights dinov2_vitg14 --against dinov2_vitg14_reg4"""
 
 
 def draw_registers(views, names):
-    """Two (title, backbone, images): their histograms, then a line for each image and backbone."""
-    norms, charts, said, lines = [], [], [], []
+    """Two Views: their histograms, then for each image a row of norms and attention for each backbone."""
+    all_norms = []
+    histograms = []
+    summaries = []
     for title, backbone, images in views:
-        norms.append([patch_norms(backbone, x) for x in images])
-        chart, sentence = norm_summary(norms[-1], backbone.arch)
-        charts.append(chart)
-        said.append(f"{title}, {backbone.num_register_tokens} registers:\n{sentence}")
+        norms = [patch_norms(backbone, image) for image in images]
+        histogram, summary = norm_summary(norms, backbone.arch)
+        all_norms.append(norms)
+        histograms.append(histogram)
+        summaries.append(f"{title}, {backbone.num_register_tokens} registers:\n{summary}")
+    rows = [SheetRow(histograms, captions=summaries)]
     for i, name in enumerate(names):
-        for own, (title, backbone, images) in zip(norms, views):
-            (maps, ranges), x = norm_tiles(own, images), images[i]
-            looks = attention_of(backbone, x).mean(0)  # (1 + R, h, w)
-            tiles = [tile(x), maps[i], *(attention_tile(m, x) for m in looks)]
-            texts = [f"{token_name(t)}: {m.sum():.0%}" for t, m in enumerate(looks)]
-            lines.append((tiles, title, [name, ranges[i], *texts]))
-    print("\n".join([*said, EXPECT]))
-    return page(*zip((charts, "", said), *lines))
+        for norms, (title, backbone, images) in zip(all_norms, views):
+            maps, ranges = norm_tiles(norms, images)
+            tiles = [image_tile(images[i]), maps[i]]
+            captions = [name, ranges[i]]
+            mean_attention = patch_attention(backbone, images[i]).mean(0)  # (1 + R, h, w)
+            for t, attention in enumerate(mean_attention):
+                tiles.append(attention_tile(attention, images[i]))
+                captions.append(f"{token_name(t)}: {attention.sum():.0%}")
+            rows.append(SheetRow(tiles, title, captions))
+    print("\n".join([*summaries, REGISTERS_NOTE]))
+    return draw_rows(rows)
 
 
 # ---------------------------------------------------------------- the command
 
 
-def short(name, most=22):
-    return name if len(name) <= most else "..." + name[3 - most :]
+def add_photo_args(parser, count):
+    """--size and --count, as here and in evals/explore.py."""
+    parser.add_argument("--size", type=int, default=0, help="short side of what the network sees, in pixels "
+                        "(default: twice the evaluation's, or the native one if larger)")  # fmt: skip
+    parser.add_argument("--count", type=int, default=count, help="how many images, evenly spread")
 
 
-def sample(dataset, count):
-    """`count` photos, evenly spread -> their short names, and PIL images; tells what it leaves out."""
-    n, names, pictures, bad = len(dataset), [], [], []
-    for i in [i * n // count for i in range(count)] if count < n else range(n):
-        try:
-            pictures.append(load_image(dataset, i)[0])
-            names.append(short(Path(sample_name(dataset, i)).stem))
-        except BadImage as e:
-            bad.append(str(e))
-    if not pictures:
-        raise UserError(f"there is nothing to draw: {bad[0]}")
-    for why in bad:
-        print("left out:", why)
-    if count < n:
-        print(f"{count} of {n} images, evenly spread: --count says how many")
-    return names, pictures
-
-
-def ready(pictures, backbone, cfg, size):
-    """PIL images -> uint8 (3, H, W), multiples of the patch. The short side is `size`, or twice that of the
-    evaluation (or the native one, if larger); less for a long image, which would have more than MOST patches.
-    """
-    p, usual = backbone.patch_size, 2 * (cfg.evaluation.image_size or cfg.crops.global_crops_size)
-    side = size or max(usual, backbone.arch["img_size"])
-    return [resize_to_patches(x, p, min(side, p * (MOST * min(x.size) / max(x.size)) ** 0.5)) for x in pictures]
-
-
-def arguments():
+def parse_args():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("what", choices=COUNT)
-    add("photos", nargs="*", help="images, folders, .tar shards, .jsonl lists; or one URI as scenes:9 "
+    add("what", choices=DEFAULT_COUNT)
+    add("photos", nargs="*", help="images, folders, .tar shards, .jsonl lists; or one URI such as scenes:9 "
         "(default: the run's evaluation images)")  # fmt: skip
     add_weights_args(parser)
-    add("--against", metavar="WEIGHTS", help="pca, registers: a second backbone, as for --weights")
+    add("--against", metavar="WEIGHTS", help="pca, registers: a second backbone, named as in --weights")
     add("--out", type=Path, help="a .png (default: WHAT.png)")
-    add("--size", type=int, default=0, help="short side of what the network sees, in pixels (default: twice "
-        "the evaluation's, or the native one if larger)")  # fmt: skip
-    add("--count", type=int, default=0, help="how many images, evenly spread")
+    add_photo_args(parser, count=0)
     add("--per-image", action="store_true", help="pca, training: components of each image by itself")
     add("--foreground", action="store_true", help="pca, training: grey out the background")
     args = parser.parse_intermixed_args()
-    for flag in ("against", "per_image", "foreground"):
-        if getattr(args, flag) and flag not in FLAGS.get(args.what, ""):
-            raise UserError(f"--{flag.replace('_', '-')} is nothing for {args.what}: leave it out")
+    for option in ("against", "per_image", "foreground"):
+        if getattr(args, option) and option not in OPTIONS_OF.get(args.what, ()):
+            raise UserError(f"--{option.replace('_', '-')} has no effect on {args.what}: leave it out")
     if args.what == "registers" and not args.against:
         raise UserError("registers compares two backbones: name the other with --against")
-    args.out, args.count = args.out or Path(f"{args.what}.png"), args.count or COUNT[args.what]
+    args.out = args.out or Path(f"{args.what}.png")
+    args.count = args.count or DEFAULT_COUNT[args.what]
     if args.out.suffix.lower() != ".png" or min(args.size, args.count) < 0:
         raise UserError("--out must end in .png, and --size and --count must be positive")
     return args
 
 
+def draw_picture(args, views, names, cfg):
+    """The picture `args` ask for -> PIL image."""
+    _, backbone, images = views[0]
+    if args.what == "pca":
+        return draw_pca(views, names, args.per_image, args.foreground)
+    if args.what == "training":
+        teachers = teachers_through_training(args.weights, backbone, cfg)
+        views = (View(title, teacher, images) for title, teacher in teachers)
+        return draw_pca(views, names, args.per_image, args.foreground)
+    if args.what == "registers":
+        return draw_registers(views, names)
+    draw = dict(attention=draw_attention, norms=draw_norms, sheet=draw_sheet)[args.what]
+    return draw(backbone, images, names)
+
+
 def main():
-    args = arguments()
+    args = parse_args()
     dataset = open_images(args.photos) if args.photos else None
     loaded = [(name, *open_backbone(name, args.download)) for name in (args.weights, args.against) if name]
-    cfg = loaded[0][2]
+    _, _, cfg = loaded[0]
     if not dataset and not cfg.evaluation.test_path:
-        raise UserError(f"{args.weights} has no evaluation images: name photos to look at")
+        raise UserError(f"{args.weights} has no evaluation images: name photos to draw")
     dataset = dataset or open_source(cfg.evaluation.test_path)
-    names, pictures = sample(dataset, args.count)
-    views = [(short(name, 30), b, ready(pictures, b, c, args.size)) for name, b, c in loaded]
-    if args.what == "training":
-        views = through_training(args.weights, *views[0][1:], cfg)
-    if args.foreground and args.what == "pca" and hasattr(dataset, "scene"):
-        report_iou(views, dataset)
-    if args.what in ("pca", "training"):
-        picture = draw_pca(views, names, args.per_image, args.foreground)
-    elif args.what == "registers":
-        picture = draw_registers(views, names)
-    else:
-        draw_one = dict(attention=draw_attention, norms=draw_norms, sheet=draw_sheet)[args.what]
-        picture = draw_one(*views[0][1:], names)
+    names, photos = load_photos(dataset, args.count)
+    views = []
+    for name, backbone, own_cfg in loaded:
+        images = prepare_images(photos, backbone, own_cfg, args.size)
+        views.append(View(shorten(name, 30), backbone, images))
+    if args.what == "pca" and args.foreground and hasattr(dataset, "scene"):
+        print_foreground_iou(views, dataset)
+    picture = draw_picture(args, views, names, cfg)
     try:
         with atomic_open(args.out) as f:
             picture.save(f, "PNG")

@@ -59,7 +59,7 @@ SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 # ---------------------------------------------------------------- 1. the specification
 
 
-def split(qkv, groups):
+def split_groups(qkv, groups):
     """Yield the views q, k, v of the packed tensor for each group, each of shape (count, H, length, D)."""
     start = 0
     for count, length in groups:
@@ -75,7 +75,7 @@ def reference(qkv, groups, scale=None):
         scale = qkv.shape[-1] ** -0.5
     maps = []
     outputs = []
-    for q, k, v in split(qkv, groups):
+    for q, k, v in split_groups(qkv, groups):
         probs = (q @ k.transpose(-2, -1) * scale).softmax(-1)
         maps.append(probs)
         outputs.append((probs @ v).transpose(1, 2).flatten(0, 1))  # (count * length, H, D)
@@ -86,7 +86,7 @@ def sdpa(qkv, groups, scale=None):
     """The same with PyTorch's own kernels -> out (T, H, D): for CPUs, fp32, and machines without Triton."""
     outputs = []
     with sdpa_kernel(SDPA_BACKENDS) if qkv.is_cuda else nullcontext():
-        for q, k, v in split(qkv, groups):
+        for q, k, v in split_groups(qkv, groups):
             out = F.scaled_dot_product_attention(q, k, v, scale=scale)
             outputs.append(out.transpose(1, 2).flatten(0, 1))  # (count * length, H, D)
     return torch.cat(outputs)

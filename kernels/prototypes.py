@@ -44,7 +44,7 @@ class SoftTargets(NamedTuple):
         return (self.logits.float() / self.tau + self.potential).softmax(-1)
 
 
-def fused(logits):
+def uses_kernels(logits):
     """Whether the kernels below run: the same switch and the same reasons as for attention."""
     dtype = torch.bfloat16 if logits.dtype == torch.float32 else logits.dtype  # fp32 logits are welcome here
     chosen, _ = backend(logits.device, dtype, 64)

@@ -1,35 +1,35 @@
-"""Lab 1: break the balance of centering and sharpening on purpose, and watch what the loss says about it.
+"""Lab 1: break the balance of centering and sharpening on purpose, and see whether the loss notices.
 
     python labs/lab1_collapse.py               # with your code in the three holes
     python labs/lab1_collapse.py --solution    # with ours
 
-What is unusual here: your functions are the ones that train. They take the place of `losses.Centering` and of
-the entropies that `train.py` logs. Expect six trainings of 100 steps, the table of labs/lab1_collapse.md, and
-a picture, runs/labs/lab1.png.
+Your functions do the training: they replace those of `losses.Centering`, and the entropies that `train.py`
+logs. Expect six trainings of 100 steps, the table of labs/lab1_collapse.md, and runs/labs/lab1.png.
 """
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from workbench import curves, knn, last, run, save, table, trial
+from workbench import curves, final_metrics, knn_top1, max_error, print_table, run_lab, run_trial, save_png
 
 import losses
 import train
-from evals.visualize import page
+from evals.tiles import contact_sheet
 
 
-def centred(logits, center, tau):
-    """Targets by centering and sharpening: p = softmax((z - c) / tau) of each row.
+def center_and_sharpen(logits, center, tau):
+    """Targets p = softmax((z - c) / tau) of each row.
 
-    logits z (n, K), center c (1, K), tau a number -> probabilities (n, K).
+    logits z (n, K), center c (1, K), temperature tau, a number -> probabilities (n, K).
     """
-    raise NotImplementedError("hole 1 in centred(): return softmax((z - c) / tau), row by row")
+    raise NotImplementedError("hole 1 in center_and_sharpen(): return softmax((z - c) / tau), row by row")
 
 
-def moved(center, mean, momentum):
+def move_center(center, mean, momentum):
     """The centre after a step, given the mean logit of that step: c <- m c + (1 - m) mean. All are (1, K)."""
-    raise NotImplementedError("hole 2 in moved(): return m c + (1 - m) mean")
+    raise NotImplementedError("hole 2 in move_center(): return m c + (1 - m) mean")
 
 
 def entropies(targets):
@@ -41,70 +41,95 @@ def entropies(targets):
     raise NotImplementedError("hole 3 in entropies(): return mean(S(p)) / ln K and S(mean(p)) / ln K")
 
 
-class Mine(losses.Centering):
-    """The real one adds up logits for the centre; what is done with them is yours."""
+# ---------------------------------------------------------------- your functions, put to work
 
-    def targets(self, logits, tau, lazy=False):
+
+class YourCentering(losses.Centering):
+    """The parent adds up the logits of a step; your functions make targets and a centre of them."""
+
+    def targets(self, logits, tau, fused=False):
         super().targets(logits, tau)  # for its sums only
-        return centred(logits.float(), self.center, tau)
+        return center_and_sharpen(logits.float(), self.center, tau)
 
-    def update(self, lost=0.0):
-        self.center.copy_(moved(self.center, self.total / self.count, self.momentum))
-        self.total, self.count = 0, 0
-
-
-def instruments(targets, *rest):
-    entropy, entropy_mean = entropies(targets)
-    return losses.collapse_metrics(targets, *rest) | dict(entropy=entropy, entropy_mean=entropy_mean)
+    def update(self, found_inf=0.0):
+        self.center.copy_(move_center(self.center, self.total / self.count, self.momentum))
+        self.total = 0
+        self.count = 0
 
 
-def check_holes(desk):
-    """Each function against the real one, on random logits. The control: the same without its effect."""
-    z, real = torch.randn(64, 256), losses.Centering(256)
-    c = real.center.normal_().clone()
-    p = real.targets(z, 0.1)
-    off = [(centred(z, x, 0.1) - p).abs().max().item() for x in (c, 0 * c)]
-    desk.check("hole 1 differs from losses.Centering by", *off, high=1e-5, instant=True)
-    real.update()
-    off = [(moved(c, z.mean(0, keepdim=True), m) - real.center).abs().max().item() for m in (0.9, 1)]
-    desk.check("hole 2 differs from losses.Centering by", *off, high=1e-5, instant=True)
-    truth = torch.stack([losses.collapse_metrics(p, z, z)[key] for key in ("entropy", "entropy_mean")])
-    off = [(torch.tensor(entropies(q)) - truth).abs().max().item() for q in (p, z.softmax(-1))]
-    desk.check("hole 3 differs from losses.diagnose by", *off, high=1e-5, instant=True)
+def your_metrics(targets, *rest):
+    metrics = losses.collapse_metrics(targets, *rest)
+    metrics["entropy"], metrics["entropy_mean"] = entropies(targets)
+    return metrics
+
+
+def check_holes(checker):
+    """Each function against the real one, on random logits. The control is the same without its effect."""
+    logits = torch.randn(64, 256)
+    centering = losses.Centering(256)
+    center = centering.center.normal_().clone()
+
+    targets = centering.targets(logits, 0.1)
+    error = max_error(center_and_sharpen(logits, center, 0.1), targets)
+    uncentered = max_error(center_and_sharpen(logits, 0 * center, 0.1), targets)
+    checker.check("hole 1 differs from losses.Centering by", error, uncentered, high=1e-5, instant=True)
+
+    centering.update()
+    mean = logits.mean(0, keepdim=True)
+    error = max_error(move_center(center, mean, 0.9), centering.center)
+    unmoved = max_error(move_center(center, mean, 1), centering.center)
+    checker.check("hole 2 differs from losses.Centering by", error, unmoved, high=1e-5, instant=True)
+
+    metrics = losses.collapse_metrics(targets, logits, logits)
+    truth = torch.stack([metrics["entropy"], metrics["entropy_mean"]])
+    error = max_error(torch.tensor(entropies(targets)), truth)
+    unsharpened = max_error(torch.tensor(entropies(logits.softmax(-1))), truth)
+    claim = "hole 3 differs from losses.collapse_metrics by"
+    checker.check(claim, error, unsharpened, high=1e-5, instant=True)
 
 
 # ---------------------------------------------------------------- six trainings
 
-NO_KOLEO = "dino.koleo_loss_weight=0"
-RUNS = {  # temperature of the teacher, momentum of the centre (1: it stays at zero), further settings
-    "healthy": (0.04, 0.9),
-    "no centering": (0.04, 1.0),
-    "no sharpening": (1.0, 0.9),
-    "no EMA": (0.04, 0.9, "teacher.momentum_teacher=0", "teacher.final_momentum_teacher=0"),
-    "healthy, no KoLeo": (0.04, 0.9, NO_KOLEO),
-    "no centering, no KoLeo": (0.04, 1.0, NO_KOLEO),
+
+class Run(NamedTuple):
+    teacher_temp: float  # tau
+    momentum: float  # of the centre; 1: it stays at zero
+    settings: tuple = ()
+
+
+NO_EMA = ("teacher.momentum_teacher=0", "teacher.final_momentum_teacher=0")
+NO_KOLEO = ("dino.koleo_loss_weight=0",)
+RUNS = {
+    "healthy": Run(0.04, 0.9),
+    "no centering": Run(0.04, 1.0),
+    "no sharpening": Run(1.0, 0.9),
+    "no EMA": Run(0.04, 0.9, NO_EMA),
+    "healthy, no KoLeo": Run(0.04, 0.9, NO_KOLEO),
+    "no centering, no KoLeo": Run(0.04, 1.0, NO_KOLEO),
 }
 
 
-def main(desk, seed, short):
-    train.collapse_metrics = instruments
-    check_holes(desk)
-    steps, small, limit = (2, ["train.batch_size_per_gpu=8"], 40) if short else (100, [], 0)
-    runs, rows = {}, [["run", "DINO loss", "entropy", "entropy_mean", "rank", "k-NN"]]
-    for name, (tau, momentum, *settings) in RUNS.items():
-        train.Centering = partial(Mine, momentum=momentum)
-        settings += [f"teacher.{key}={tau}" for key in ("warmup_teacher_temp", "teacher_temp")]
-        settings += ["train.centering=centering", *small]
-        x = runs[name] = trial(*settings, steps=steps, seed=seed, name=name)
-        seen = [last(x, key) for key in ("loss_dino", "entropy", "entropy_mean", "rank")]
-        rows.append([name, *seen, knn(x, limit)])
-    below = [[curves(key, runs, key)] for key in ("entropy", "entropy_mean")]
-    save(page([[curves("DINO loss / ln K", runs, "loss_dino", math.log(256))], *below]), "lab1.png")
-    table(*rows)
-    got = {name: dict(zip(rows[0][1:], numbers)) for name, *numbers in rows[1:]}
+def train_one(args, name, run):
+    train.Centering = partial(YourCentering, momentum=run.momentum)
+    temps = [f"teacher.{key}={run.teacher_temp}" for key in ("warmup_teacher_temp", "teacher_temp")]
+    return run_trial(args, "train.centering=centering", *temps, *run.settings, steps=100, name=name)
 
-    def check(name, what, control, **bounds):
-        desk.check(f"{name}: {what}", got[name][what], got[control][what], **bounds)
+
+def main(checker, args):
+    train.collapse_metrics = your_metrics
+    check_holes(checker)
+    trials = {name: train_one(args, name, run) for name, run in RUNS.items()}
+    results = {name: final_metrics(trial) for name, trial in trials.items()}
+    for name, trial in trials.items():
+        results[name]["k-NN"] = knn_top1(trial, args)
+
+    plots = [[curves(metric, trials, metric)] for metric in ("entropy", "entropy_mean")]
+    plots.insert(0, [curves("DINO loss / ln K", trials, "loss_dino", math.log(256))])
+    save_png(contact_sheet(plots), "lab1.png")
+    print_table("run", results)
+
+    def check(name, metric, control, **bounds):
+        checker.check(f"{name}: {metric}", results[name][metric], results[control][metric], **bounds)
 
     check("no centering", "entropy_mean", "healthy", high=0.1)
     check("no centering", "DINO loss", "healthy", high=1)
@@ -114,4 +139,4 @@ def main(desk, seed, short):
 
 
 if __name__ == "__main__":
-    run(main, __doc__, ["centred", "moved", "entropies"], globals())
+    run_lab(main, __doc__, ["center_and_sharpen", "move_center", "entropies"], globals())

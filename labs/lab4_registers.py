@@ -1,28 +1,34 @@
 """Lab 4: what registers are for, and why a small model cannot show it.
 
-    python labs/lab4_registers.py               # two holes: outliers, who_looks
+    python labs/lab4_registers.py               # two holes: outliers, attention_shares
     python labs/lab4_registers.py --solution    # ours
     python labs/lab4_registers.py --weights dinov2_vitl14,dinov2_vitl14_reg4 --photos photos/
 
-What is unusual here: the artifacts are not there, and the lab says so. It plants some, to see that the rule
-would find them. Expect two trainings of 100 steps, five checks, two tables and runs/labs/lab4.png.
+A small model has none of the artifacts that registers remove, and the lab says so. It plants some, to show
+that the rule finds them. Expect two trainings of 100 steps, five checks, two tables and runs/labs/lab4.png.
 """
 
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from workbench import knn, run, save, table, trial
+from PIL import Image
+from workbench import knn_top1, print_table, run_lab, run_trial, save_png
 
 import model
 from data import normalize
 from evals import visualize
-from evals.visualize import attention_of, attention_tile, norm_tiles, page, patch_norms, ready, sample, tile
-from features import open_backbone
-from kernels.attention import split
+from evals.patch_maps import patch_attention, patch_norms
+from evals.tiles import attention_tile, contact_sheet, image_tile
+from evals.visualize import load_photos, norm_tiles, prepare_images
+from kernels.attention import split_groups
 from sources import open_images
+from tools.weights import open_backbone
 
 R = 4  # registers
+REGISTERS = 1  # row and column of attention_shares()
+PATCHES = 2
 
 
 def outliers(norms, arch):
@@ -34,88 +40,154 @@ def outliers(norms, arch):
     raise NotImplementedError("hole 1 in outliers(): limit = max(median + 10 * 1.4826 * MAD, 2 * median)")
 
 
-def who_looks(maps, r):
-    """Attention maps (B, H, T, T), rows sum to 1, tokens in the order [CLS], r registers, patches -> (3, 3).
+def attention_shares(maps, registers):
+    """Who looks at whom: attention maps (B, H, T, T), rows sum to 1 -> (3, 3).
 
-    Entry (a, b): of the attention that a token of kind a gives (on average), all tokens of kind b together
-    get this share. Kinds are [CLS], registers, patches. With r = 0, row 1 is NaN and column 1 is 0.
+    Tokens are [CLS], `registers` registers, patches, in this order. Entry (a, b): the share of its attention
+    that a token of kind a gives, on average, to all tokens of kind b together; the kinds are [CLS],
+    registers, patches. Without registers row 1 is NaN and column 1 is 0.
     """
-    raise NotImplementedError("hole 2 in who_looks(): per kind, sum over its columns, mean over its rows")
+    raise NotImplementedError("hole 2 in attention_shares(): per kind, sum the columns, average the rows")
 
 
-def cut(qkv, groups, scale=None):
+def check_holes(checker, seed):
+    rng = torch.Generator().manual_seed(seed)
+    norms = torch.cat([torch.randn(970, generator=rng) + 7, torch.full((30,), 70.0)])
+    share, _ = outliers(norms, None)
+    limit = norms.mean() + 10 * norms.std()  # outliers move a mean and a standard deviation
+    usual_share = (norms > limit).float().mean().item()
+    checker.check("hole 1 finds 3 %", share, usual_share, 0.0299, 0.0301, instant=True)
+
+    maps = torch.rand(2, 3, 21, 21, generator=rng).mul(5).softmax(-1)
+    truth = maps[:, :, 1 + R :, 1 : 1 + R].mean() * R  # from patches to registers
+    shares = [attention_shares(x, R)[PATCHES, REGISTERS] for x in (maps, maps.transpose(2, 3))]
+    errors = [abs(share - truth).item() for share in shares]
+    checker.check("hole 2 is off by", *errors, high=1e-5, instant=True)
+
+
+# ---------------------------------------------------------------- are there outliers?
+
+
+class Norms(NamedTuple):
+    """Norms of the patch tokens of some images, before the final norm of the network."""
+
+    values: torch.Tensor  # (n,) of all tokens
+    tiles: list  # maps of the first three images
+    histogram: Image.Image
+
+
+def measure_norms(title, backbone, images):
+    norms = [patch_norms(backbone, image) for image in images]
+    histogram, summary = visualize.norm_summary(norms, backbone.arch)  # it asks your outliers()
+    print(f"{title}: {summary}")
+    tiles, _ = norm_tiles(norms[:3], images)
+    return Norms(torch.cat([norm.flatten() for norm in norms]), tiles, histogram)
+
+
+def plant_outliers(block, inputs, tokens):
+    """A hook for the last block: of tokens (T, D) of one image, two patches become ten times as long."""
+    tokens = tokens.clone()
+    first_patch = 1 + R
+    chosen = torch.randperm(len(tokens) - first_patch)[:2] + first_patch
+    tokens[chosen] *= 10
+    return tokens
+
+
+def find_outliers(checker, args, without, with_registers, images):
+    """Norms of both networks, and of the second one with planted outliers -> {row of the table: Norms}."""
+    found = {
+        "0 registers": measure_norms("0 registers", without, images),
+        f"{R} registers": measure_norms(f"{R} registers", with_registers, images),
+    }
+    torch.manual_seed(args.seed)
+    hook = with_registers.blocks[-1].register_forward_hook(plant_outliers)
+    found[f"{R}, planted"] = measure_norms(f"{R} registers, planted", with_registers, images)
+    hook.remove()
+    for name in filter(None, args.weights.split(",")):
+        backbone, cfg = open_backbone(name)
+        photos = open_images([args.photos or "scenes:16:size=256"])
+        measure_norms(name, backbone, prepare_images(load_photos(photos, 16)[1], backbone, cfg, 0))
+    shares = [outliers(norms.values, without.arch)[0] for norms in found.values()]
+    checker.check("share of outliers, none planted", max(shares[:2]), shares[2], high=0.001)
+    results = {}
+    for (name, norms), share in zip(found.items(), shares):
+        results[name] = {"longest / median": norms.values.max() / norms.values.median(), "outliers": share}
+    print_table("norms", results)
+    return found
+
+
+# ---------------------------------------------------------------- are registers used?
+
+
+def hidden_registers(qkv, groups, scale=None):
     """The real attention, but nobody sees the registers: their keys and values are left out."""
-    outs = []
-    for q, k, v in split(qkv, groups):
+    outputs = []
+    for q, k, v in split_groups(qkv, groups):
         seen = [0, *range(1 + R, k.shape[2])]
         out = F.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen])
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
 
 
-def plant(block, inputs, x):
-    """A hook for the last block: x (T, D) of one image; two of its patch tokens become ten times as long."""
-    x = x.clone()
-    x[torch.randperm(len(x) - 1 - R)[:2] + 1 + R] *= 10
-    return x
+def attention_to_registers(backbone, images):
+    maps = backbone.attention_maps(normalize(torch.stack(images)))
+    return attention_shares(maps, backbone.num_register_tokens)[PATCHES, REGISTERS].item()
 
 
-def measure(title, backbone, images):
-    """-> norms of the patch tokens before the final norm (n,), their maps in three images, a histogram."""
-    norms = [patch_norms(backbone, x) for x in images]
-    chart, said = visualize.norm_summary(norms, backbone.arch)  # it asks your outliers()
-    print(f"{title}: {said}")
-    return torch.cat([n.flatten() for n in norms]), norm_tiles(norms[:3], images)[0], chart
+def register_gradient(args):
+    """After one step: the length of the registers' gradient over that of [CLS]."""
+    trial = run_trial(args, f"student.num_register_tokens={R}", steps=1)
+    student = trial.state.student.backbone
+    return (student.register_tokens.grad.norm() / student.cls_token.grad.norm()).item()
 
 
-def main(desk, seed, short):
-    rng = torch.Generator().manual_seed(seed)
-    x = torch.cat([torch.randn(970, generator=rng) + 7, torch.full((30,), 70.0)])
-    usual = (x > x.mean() + 10 * x.std()).float().mean().item()  # outliers move a mean and a deviation
-    desk.check("hole 1 finds 3 %", outliers(x, None)[0], usual, 0.0299, 0.0301, instant=True)
-    maps = torch.rand(2, 3, 21, 21, generator=rng).mul(5).softmax(-1)
-    truth = maps[:, :, 1 + R :, 1 : 1 + R].mean() * R  # how patches look at registers
-    off = [abs(who_looks(m, R)[2, 1] - truth).item() for m in (maps, maps.transpose(2, 3))]
-    desk.check("hole 2 is off by", *off, high=1e-5, instant=True)
-    steps, count, limit, small = (2, 3, 30, ["train.batch_size_per_gpu=8"]) if short else (100, 64, 0, [])
-    runs = [trial(f"student.num_register_tokens={r}", *small, steps=steps, seed=seed) for r in (0, R)]
-    none, four = (one.t.ema.backbone for one in runs)
-    images = ready(sample(open_images([f"scenes:{count}:seed=12"]), count)[1], four, runs[1].cfg, 64)
-    with patch.object(visualize, "outliers", outliers):
-        found = [measure("0 registers", none, images), measure(f"{R} registers", four, images)]
-        torch.manual_seed(seed)
-        hook = four.blocks[-1].register_forward_hook(plant)
-        norms, maps, charts = zip(*found, measure(f"{R} registers, planted", four, images))
-        hook.remove()
-        for name in filter(None, desk.args.weights.split(",")):
-            (b, cfg), photos = open_backbone(name), open_images([desk.args.photos or "scenes:16:size=256"])
-            measure(name, b, ready(sample(photos, 16)[1], b, cfg, 0))
-    shares = [outliers(n, none.arch)[0] for n in norms]
-    desk.check("share of outliers, none planted", max(shares[:2]), shares[2], high=0.001)
+def use_registers(checker, args, trials, images):
+    without, with_registers = trials
     with torch.no_grad():
-        pixels = normalize(torch.stack(images))
-        looks = [who_looks(b.attention_maps(pixels), r)[2, 1].item() for b, r in ((none, 0), (four, R))]
-    desk.check("attention of patches to registers", *looks[::-1], low=0.02)
-    score, setting = [knn(one, limit) for one in runs], f"student.num_register_tokens={R}"
-    first = [trial(setting, *small, steps=1, seed=seed)]
-    with patch.object(model, "attention", cut):
-        score.append(knn(runs[1], limit))
-        first.append(trial(setting, *small, steps=1, seed=seed))
-    students = [one.t.student.backbone for one in first]  # after one step
-    grads = [(s.register_tokens.grad.norm() / s.cls_token.grad.norm()).item() for s in students]
-    desk.check("gradient of registers over that of [CLS]", *grads, low=0.5)
-    names, longest = ["0 registers", f"{R} registers", f"{R}, planted"], [n.max() / n.median() for n in norms]
-    table(["norms", "longest / median", "outliers"], *zip(names, longest, shares))
-    sheet = [charts]
-    for x, *own in zip(images, *maps):
-        a, b = (attention_of(y, x).mean(0) for y in (none, four))  # (1, h, w), (1 + R, h, w)
-        sheet.append([tile(x), *own, *(attention_tile(m, x) for m in (a[0], *b[[0, 1, R]]))])
-    texts = ["", "norms, 0", f"norms, {R}", "planted", "[CLS], 0", f"[CLS], {R}", "register 1", "the last"]
-    save(page(sheet, None, [names, texts, texts, texts]), "lab4.png")
-    rows = zip([*names[:2], f"{R}, cut off"], [*looks, 0.0], [0.0, *grads], score)
-    table(["use", "attention", "gradient", "k-NN"], *rows)
+        attention = [attention_to_registers(trial.backbone, images) for trial in (with_registers, without)]
+    checker.check("attention of patches to registers", *attention, low=0.02)
+    gradient = register_gradient(args)
+    with patch.object(model, "attention", hidden_registers):
+        knn_hidden = knn_top1(with_registers, args)
+        gradient_hidden = register_gradient(args)
+    checker.check("gradient of registers over that of [CLS]", gradient, gradient_hidden, low=0.5)
+    rows = {
+        "0 registers": (attention[1], 0.0, knn_top1(without, args)),
+        f"{R} registers": (attention[0], gradient, knn_top1(with_registers, args)),
+        f"{R}, cut off": (0.0, gradient_hidden, knn_hidden),
+    }
+    columns = ("attention", "gradient", "k-NN")
+    print_table("use", {name: dict(zip(columns, numbers)) for name, numbers in rows.items()})
+
+
+def draw(found, without, with_registers, images):
+    """Histograms; below them, for three images, maps of norms and of what [CLS] and registers look at."""
+    rows = [[norms.histogram for norms in found.values()]]
+    for image, *norm_maps in zip(images, *(norms.tiles for norms in found.values())):
+        plain = patch_attention(without, image).mean(0)  # (1, h, w)
+        maps = patch_attention(with_registers, image).mean(0)  # (1 + R, h, w)
+        looks = [attention_tile(x, image) for x in (plain[0], maps[0], maps[1], maps[R])]
+        rows.append([image_tile(image), *norm_maps, *looks])
+    columns = ["", "norms, 0", f"norms, {R}", "planted", "[CLS], 0", f"[CLS], {R}", "register 1", "the last"]
+    return contact_sheet(rows, captions=[list(found), columns, columns, columns])
+
+
+def main(checker, args):
+    check_holes(checker, args.seed)
+    trials = [run_trial(args, f"student.num_register_tokens={r}", steps=100) for r in (0, R)]
+    without, with_registers = (trial.backbone for trial in trials)
+    count = 3 if args.short else 64
+    _, pictures = load_photos(open_images([f"scenes:{count}:seed=12"]), count)
+    images = prepare_images(pictures, with_registers, trials[1].cfg, 64)
+    with patch.object(visualize, "outliers", outliers):
+        found = find_outliers(checker, args, without, with_registers, images)
+    use_registers(checker, args, trials, images)
+    save_png(draw(found, without, with_registers, images), "lab4.png")
 
 
 if __name__ == "__main__":
-    flags = [("--weights", "released ones, with commas between"), ("--photos", "what they look at")]
-    run(main, __doc__, ["outliers", "who_looks"], globals(), flags)
+    flags = [
+        ("--weights", "measure these networks, too: released names or files, with commas"),
+        ("--photos", "on these photos instead of scenes: a folder"),
+    ]
+    run_lab(main, __doc__, ["outliers", "attention_shares"], globals(), flags)

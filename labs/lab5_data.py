@@ -1,10 +1,10 @@
 """Lab 5: curate a pile whose dirt is known, and take from a crowd without being crowded.
 
-    python labs/lab5_data.py               # three holes: precision_recall, join, fill
+    python labs/lab5_data.py               # three holes: precision_recall, hamming_pairs, water_fill
     python labs/lab5_data.py --solution    # ours
 
-What is unusual here: the dirt was planted, so the truth is known; and what is judged is `curate.py` itself,
-with your functions in it. Expect six checks, two tables, runs/labs/lab5.png and lab5/out/funnel.html.
+The dirt is planted, so the truth is known. What gets measured is `python -m curation` itself, with your
+functions in it. Expect six checks, two tables, runs/labs/lab5.png and runs/labs/lab5/out/funnel.html.
 """
 
 import shutil
@@ -13,108 +13,187 @@ from unittest.mock import patch
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from workbench import run, save, table
+from workbench import print_table, run_lab, save_png
 
-from curation import __main__ as curate
-from curation import page as funnel
-from curation import vectors
-from evals.visualize import page
+from curation import balance, dedup
+from curation.__main__ import curate
+from curation.page import read_manifest
+from curation.settings import load
+from curation.vectors import kmeans
+from evals.tiles import contact_sheet
 from results.curation import MAKE, jpeg
 from scenes import render
 
 HOME = Path("runs", "labs", "lab5")
-RINGS = np.repeat(np.arange(5), (100, 200, 4000, 400, 100))  # of 4,800 points: ring 2 is crowded
-REASON = {"exact": "exact duplicate", "blurred": "blurred", "small": "small", "truncated": "unreadable"}
-REASON |= dict.fromkeys(("re-encoded", "cropped 5 %", "mirrored"), "near duplicate")
-SPOIL = MAKE | {"blurred": lambda x, _, r: jpeg(x.filter(ImageFilter.GaussianBlur(r.uniform(0.5, 3.5))))}
+REASONS = {  # why curation should drop a spoilt copy, by the kind of the copy
+    "exact": "exact duplicate",
+    "blurred": "blurred",
+    "small": "small",
+    "truncated": "unreadable",
+    "re-encoded": "near duplicate",
+    "cropped 5 %": "near duplicate",
+    "mirrored": "near duplicate",
+}
+RING_SIZES = (100, 200, 4000, 400, 100)  # points on each ring of a globe
+CROWDED = 2  # the ring of 4,000
 
 
 def precision_recall(truth, found, reason):
     """truth, found: {name of an image: why it should be dropped, or was; "kept" if not} -> two shares.
 
     Precision: of those dropped for this reason, how many should be. Recall: of those that should be, how many
-    were. Of none, the share is 1.
+    were. A share of nothing is 1.
     """
     raise NotImplementedError("hole 1 in precision_recall(): return both / dropped, both / planted")
 
 
-def join(hashes, radius):
-    """Hashes uint64 (n,) -> yields arrays (m, 2): the numbers i < j of all that differ in <= radius bits."""
+def hamming_pairs(hashes, radius):
+    """Hashes uint64 (n,) -> yields arrays (m, 2): the numbers i < j of all that differ in <= radius bits.
+
+    np.bitwise_count(h_i ^ h_j) counts the bits in which two hashes differ.
+    """
+    raise NotImplementedError("hole 2 in hamming_pairs(): yield all pairs i < j with at most `radius` bits")
+
+
+def water_fill(sizes, total):
+    """How much to take of groups of these sizes (k,), `total` in all -> whole numbers (k,).
+
+    From the smallest on, each gives an equal share, wanted // groups not yet served, or all it has.
+    """
     raise NotImplementedError(
-        "hole 2 in join(): yield the pairs i < j with np.bitwise_count(h_i ^ h_j) <= radius"
+        "hole 3 in water_fill(): smallest first, min(size, wanted // groups not served)"
     )
 
 
-def fill(sizes, total):
-    """Water-filling: how much to take of groups of these sizes (k,), `total` in all -> whole numbers (k,).
+# ---------------------------------------------------------------- the holes, checked
 
-    From the smallest on, each gives an equal share, wanted // groups not yet served, or all that it has.
-    """
-    raise NotImplementedError("hole 3 in fill(): smallest first: min(size, wanted // groups not yet served)")
+
+def set_of_pairs(pairs_of, hashes, radius):
+    pairs = set()
+    for part in pairs_of(hashes, radius):
+        pairs.update(tuple(sorted(pair)) for pair in part.tolist())
+    return pairs
+
+
+def check_holes(checker, seed):
+    rng = np.random.default_rng(seed)
+    truth = dict(zip("abcdef", "xxyyyy"))
+    found = dict(zip("abcdef", "xyxxxy"))
+    precision, recall = precision_recall(truth, found, "x")
+    right = (precision, recall) == (0.25, 0.5)
+    swapped = (recall, precision) == (0.25, 0.5)
+    checker.check("hole 1 is right", right, swapped, low=1, instant=True)
+
+    hashes = rng.integers(0, 2**64, 300, np.uint64)
+    hashes = np.append(hashes, hashes ^ np.uint64(0b1011))  # and twins, 3 bits apart
+    truth = set_of_pairs(dedup.hamming_pairs, hashes, 4)
+    pairs = set_of_pairs(hamming_pairs, hashes, 4)
+    too_few = set_of_pairs(dedup.hamming_pairs, hashes, 2)
+    errors = [len(truth ^ pairs), len(truth ^ too_few)]
+    checker.check("hole 2 differs from dedup.hamming_pairs in pairs", *errors, high=0, instant=True)
+
+    sizes = rng.integers(1, 100, 30)
+    truth = balance.water_fill(sizes, 600)
+    in_proportion = sizes * 600 // sizes.sum()
+    errors = [abs(quotas - truth).sum() for quotas in (water_fill(sizes, 600), in_proportion)]
+    checker.check("hole 3 differs from balance.water_fill in images", *errors, high=0, instant=True)
+
+
+# ---------------------------------------------------------------- a dirty pile
+
+
+def spoil(kind, image, data, rng):
+    """A spoilt copy of an image, whose JPEG is `data` -> the bytes of a file."""
+    if kind == "blurred":
+        return jpeg(image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3.5))))
+    return MAKE[kind](image, data, rng)
 
 
 def plant(folder, seed, count):
     """Scenes and, of every second one, a spoilt copy, as files -> {name: kind}, "kept" for the scenes."""
-    rng, kinds = np.random.default_rng(seed), {}
-    for i in range(count):
-        image, kind = Image.fromarray(render(1000 + seed, i, 176)[0]), list(REASON)[i // 2 % len(REASON)]
-        kinds[f"{i:04d}.jpg"], data = "kept", jpeg(image)
-        (folder / f"{i:04d}.jpg").write_bytes(data)
-        if i % 2:
-            kinds[f"{i:04d}_{kind}.jpg"] = kind
-            (folder / f"{i:04d}_{kind}.jpg").write_bytes(SPOIL[kind](image, data, rng))
-    return kinds
-
-
-def spread(seed, rounds):
-    """Rings on a globe, 60 clusters, 300 points taken from them -> picture, ring 2's share of both."""
     rng = np.random.default_rng(seed)
-    polar, turn = np.deg2rad(14 + 18 * RINGS + rng.normal(size=4800)), rng.uniform(0, 2 * np.pi, 4800)
-    x = np.stack([np.sin(polar) * np.cos(turn), np.sin(polar) * np.sin(turn), np.cos(polar)], 1).astype("f2")
-    centroids, cluster = vectors.kmeans(x, 60, seed, rounds)
-    kept = vectors.pour([cluster], rng.permutation(4800), 300)  # it asks fill() for the share of each cluster
-    picture = Image.new("RGB", (440, 440), "white")
-    for points, size, color in ((x, 1, "#bbbbbb"), (x[kept], 2, "#0072b2"), (centroids, 5, "#d55e00")):
-        for a, b, c in points.astype(float):  # the globe, seen from the pole, made flat
-            a, b = (220 + 140 * y * (2 / (1 + c)) ** 0.5 for y in (a, b))
-            ImageDraw.Draw(picture).circle((a, b), size, color)
-    ring = np.rint((np.rad2deg(np.arccos(centroids[:, 2].astype(float))) - 14) / 18)
-    return picture, (ring == 2).mean(), (RINGS[kept] == 2).mean()
+    kind_of = {}
+    for i in range(count):
+        image = Image.fromarray(render(1000 + seed, i, 176)[0])
+        data = jpeg(image)
+        (folder / f"{i:04d}.jpg").write_bytes(data)
+        kind_of[f"{i:04d}.jpg"] = "kept"
+        if i % 2:
+            kind = list(REASONS)[i // 2 % len(REASONS)]
+            name = f"{i:04d}_{kind}.jpg"
+            (folder / name).write_bytes(spoil(kind, image, data, rng))
+            kind_of[name] = kind
+    return kind_of
 
 
-def main(desk, seed, short):
-    rng, truth = np.random.default_rng(seed), dict(zip("abcdef", "xxyyyy"))
-    p, r = precision_recall(truth, dict(zip("abcdef", "xyxxxy")), "x")
-    desk.check("hole 1 is right", (p, r) == (0.25, 0.5), (r, p) == (0.25, 0.5), low=1, instant=True)
-    hashes = rng.integers(0, 2**64, 300, np.uint64)
-    hashes = np.append(hashes, hashes ^ np.uint64(0b1011))  # and twins, 3 bits apart
-    found = lambda f, radius: {tuple(sorted(p)) for part in f(hashes, radius) for p in part.tolist()}  # noqa: E731
-    off = [len(found(curate.join, 4) ^ pairs) for pairs in (found(join, 4), found(curate.join, 2))]
-    desk.check("hole 2 differs from curate.join in pairs", *off, high=0, instant=True)
-    sizes = rng.integers(1, 100, 30)
-    off = [abs(q - vectors.fill(sizes, 600)).sum() for q in (fill(sizes, 600), sizes * 600 // sizes.sum())]
-    desk.check("hole 3 differs from vectors.fill in images", *off, high=0, instant=True)
+def curate_pile(args):
+    """Plant a pile and curate it -> {kind of dirt: its precision and recall}."""
     shutil.rmtree(HOME, ignore_errors=True)
     (HOME / "pile").mkdir(parents=True)
-    kinds = plant(HOME / "pile", seed, 28 if short else 700)
-    settings = curate.load(None, ["quality.min_side=160", *desk.args.set.split()])
-    with patch.object(curate, "join", join), patch.object(vectors, "fill", fill):
-        pile = curate.Pile(f"folder:{HOME}/pile", HOME / "out", settings)
-        for stage in curate.STAGES.values():
-            stage(pile)
-        plain, even = spread(seed, 0), spread(seed, 3)
-    why, rows = {Path(row["path"]).name: row["why"] for row in funnel.rows(HOME / "out")}, []
-    for kind, reason in REASON.items():  # among this kind and the clean scenes
-        truth = {x: reason if k == kind else k for x, k in kinds.items() if k in (kind, "kept")}
-        rows.append([kind, *precision_recall(truth, {x: why[x] for x in truth}, reason)])
-    table(["planted", "precision", "recall"], *rows)
-    save(page([[plain[0], even[0]]], None, [["k-means", "k-means with resampling"]]), "lab5.png")
-    table(["ring 2's share of", "centroids", "taken"], ["k-means", *plain[1:]], ["resampled", *even[1:]])
-    recall = {kind: r for kind, _, r in rows}
-    desk.check("recall of re-encoded copies", recall["re-encoded"], recall["mirrored"], low=0.9)
-    desk.check("ring 2's share of the centroids", even[1], plain[1], high=0.4)
-    desk.check("ring 2's share of what is taken", even[2], plain[2], high=0.4)
+    kind_of = plant(HOME / "pile", args.seed, 28 if args.short else 700)
+    cfg = load(overrides=["quality.min_side=160", *args.set.split()])
+    curate(f"folder:{HOME}/pile", HOME / "out", cfg)
+    why = {Path(row["path"]).name: row["why"] for row in read_manifest(HOME / "out")}
+    results = {}
+    for kind, reason in REASONS.items():
+        names = [
+            name for name in kind_of if kind_of[name] in (kind, "kept")
+        ]  # this kind and the clean scenes
+        truth = {name: reason if kind_of[name] == kind else "kept" for name in names}
+        found = {name: why[name] for name in names}
+        precision, recall = precision_recall(truth, found, reason)
+        results[kind] = {"precision": precision, "recall": recall}
+    return results
+
+
+# ---------------------------------------------------------------- a crowd
+
+
+def sample_rings(seed, rounds):
+    """4,800 points on rings, k-means, 300 points taken -> a picture, the crowded ring's share of both.
+
+    rounds: of resampling.
+    """
+    rng = np.random.default_rng(seed)
+    ring = np.repeat(np.arange(5), RING_SIZES)  # (n,) of each point
+    polar = np.deg2rad(14 + 18 * ring + rng.normal(size=4800))
+    turn = rng.uniform(0, 2 * np.pi, 4800)
+    coordinates = [np.sin(polar) * np.cos(turn), np.sin(polar) * np.sin(turn), np.cos(polar)]
+    points = np.stack(coordinates, 1).astype(np.float16)
+    centroids, clusters = kmeans(points, 60, seed, rounds)
+    taken = balance.hierarchical_sample([clusters], rng.permutation(4800), 300)  # it asks your water_fill()
+    centroid_polar = np.rad2deg(np.arccos(centroids[:, 2].astype(float)))
+    centroid_ring = np.rint((centroid_polar - 14) / 18)
+    shares = {"centroids": (centroid_ring == CROWDED).mean(), "taken": (ring[taken] == CROWDED).mean()}
+    return draw_globe(points, points[taken], centroids), shares
+
+
+def draw_globe(points, taken, centroids):
+    """Points (n, 3) on a globe as a map, seen from the pole; Lambert's projection keeps areas equal."""
+    picture = Image.new("RGB", (440, 440), "white")
+    for dots, radius, color in ((points, 1, "#bbbbbb"), (taken, 2, "#0072b2"), (centroids, 5, "#d55e00")):
+        for x, y, z in dots.astype(float):
+            scale = 140 * (2 / (1 + z)) ** 0.5
+            ImageDraw.Draw(picture).circle((220 + x * scale, 220 + y * scale), radius, color)
+    return picture
+
+
+def main(checker, args):
+    check_holes(checker, args.seed)
+    with patch.object(dedup, "hamming_pairs", hamming_pairs), patch.object(balance, "water_fill", water_fill):
+        results = curate_pile(args)
+        plain_picture, plain = sample_rings(args.seed, rounds=0)
+        even_picture, even = sample_rings(args.seed, rounds=3)
+    print_table("planted", results)
+    captions = ["k-means", "k-means with resampling"]
+    save_png(contact_sheet([[plain_picture, even_picture]], captions=[captions]), "lab5.png")
+    print_table("ring 2's share of", {"k-means": plain, "resampled": even})
+    recall = {kind: numbers["recall"] for kind, numbers in results.items()}
+    checker.check("recall of re-encoded copies", recall["re-encoded"], recall["mirrored"], low=0.9)
+    checker.check("ring 2's share of the centroids", even["centroids"], plain["centroids"], high=0.4)
+    checker.check("ring 2's share of what is taken", even["taken"], plain["taken"], high=0.4)
 
 
 if __name__ == "__main__":
-    run(main, __doc__, ["precision_recall", "join", "fill"], globals(), [("--set", "settings of curate.py")])
+    flags = [("--set", "settings of the curation: section.key=value, with spaces between")]
+    run_lab(main, __doc__, ["precision_recall", "hamming_pairs", "water_fill"], globals(), flags)

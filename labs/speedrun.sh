@@ -7,90 +7,138 @@
 #   labs/speedrun.sh check results/race/NAME  does this log keep the rules? (the others end with it)
 #
 # SEEDS="0" runs one seed, to try. Each run's result.json, environment.json, config.yaml and metrics.jsonl are
-# copied to results/race/NAME (RACE=NAME, or the date), and the row for the table is printed. Ends with 1 if a
-# seed lies below the target, takes too long, or does not keep the rules.
+# copied to results/race/NAME (RACE=NAME, or the date), and the row for the table is printed. Exits with 1 if a
+# seed is below the target, takes too long, or breaks the rules.
 set -euo pipefail
-there=${2:-}
-if [ -d "$there" ]; then there=$(cd "$there" && pwd); fi # as seen from where you are
+argument=${2:-}
+if [ -d "$argument" ]; then argument=$(cd "$argument" && pwd); fi # relative to where you are
 cd "$(dirname "$0")/.."
 
-# check FOLDER: every seed in it against the rules of its race -> the row, or what is wrong
+# check FOLDER: holds every seed in it to the rules of its race -> the row, or what is wrong
 check() {
     python - "$1" <<'PYTHON'
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
-RACES = {"laptop": (0.82, 300), "gpu": (0.556, 600)}  # k-NN at least, seconds of training at most
-SCENES = "scenes:3000:seed=11", "scenes:1000:seed=12"
-FILES = "result.json", "environment.json", "config.yaml", "metrics.jsonl"
+
+class Race(NamedTuple):
+    target: float  # k-NN at least
+    limit: int  # seconds of training at most
 
 
-def look(run):
-    """A folder of logs -> its race, the rules that it breaks, its numbers, and where it ran."""
-    result, about = (json.loads((run / name).read_text()) for name in FILES[:2])
-    cfg, (race, seed) = yaml.safe_load((run / "config.yaml").read_text()), run.name.split("-seed-")
-    (target, limit), train = RACES[race], cfg["train"]
-    sources = cfg["evaluation"]["train_path"], cfg["evaluation"]["test_path"]
-    words, threads = train["dataset_path"].split(":"), about["threads"] + train["num_workers"]
-    if race == "laptop":
-        fair = sources == SCENES and words[0] == "scenes" and not {"seed=11", "seed=12"} & set(words)
-        machine = threads <= 2 and (cfg["speed"]["device"] == "cpu" or not about["gpus"])
-    else:
-        fair = [Path(x).name for x in sources] == ["train", "test"] and train["dataset_path"] == sources[0]
-        machine = cfg["speed"]["device"] == "cuda" and about["processes"] == 1
+class Run(NamedTuple):
+    race: str
+    seed: str
+    result: dict
+    environment: dict
+    cfg: dict
+
+
+RACES = {"laptop": Race(0.82, 300), "gpu": Race(0.556, 600)}
+TRAIN_SCENES = "scenes:3000:seed=11"
+TEST_SCENES = "scenes:1000:seed=12"
+FILES = ("result.json", "environment.json", "config.yaml", "metrics.jsonl")
+
+
+def read_run(folder):
+    race, seed = folder.name.split("-seed-")
+    result = json.loads((folder / "result.json").read_text())
+    environment = json.loads((folder / "environment.json").read_text())
+    cfg = yaml.safe_load((folder / "config.yaml").read_text())
+    return Run(race, seed, result, environment, cfg)
+
+
+def uses_data_of_race(run):
+    trained_on = run.cfg["train"]["dataset_path"]
+    train_path = run.cfg["evaluation"]["train_path"]
+    test_path = run.cfg["evaluation"]["test_path"]
+    if run.race == "gpu":
+        names = (Path(train_path).name, Path(test_path).name)
+        return names == ("train", "test") and trained_on == train_path
+    kind, *options = trained_on.split(":")
+    if kind != "scenes" or "seed=11" in options or "seed=12" in options:
+        return False
+    return (train_path, test_path) == (TRAIN_SCENES, TEST_SCENES)
+
+
+def uses_hardware_of_race(run):
+    device = run.cfg["speed"]["device"]
+    if run.race == "gpu":
+        return device == "cuda" and run.environment["processes"] == 1
+    threads = run.environment["threads"] + run.cfg["train"]["num_workers"]
+    return threads <= 2 and (device == "cpu" or not run.environment["gpus"])
+
+
+def broken_rules(run):
+    race = RACES[run.race]
+    knn = run.result["knn_top1"]
+    seconds = run.result["train_seconds"]
+    train = run.cfg["train"]
     rules = {
-        f"k-NN {result['knn_top1']:.3f}, target {target}": result["knn_top1"] >= target,
-        f"{result['train_seconds']:.0f} s of training, at most {limit}": result["train_seconds"] <= limit,
-        "other data than the race's": fair,
-        "other hardware than the race's": machine,
-        "weights from elsewhere": not (train["init_from"] or train["distill_from"]),
-        f"its seed is {train['seed']}": str(train["seed"]) == seed,
+        f"k-NN {knn:.3f}, target {race.target}": knn >= race.target,
+        f"{seconds:.0f} s of training, at most {race.limit}": seconds <= race.limit,
+        "other data than the race's": uses_data_of_race(run),
+        "other hardware than the race's": uses_hardware_of_race(run),
+        "weights from elsewhere": not train["init_from"] and not train["distill_from"],
+        f"its seed is {train['seed']}": str(train["seed"]) == run.seed,
     }
-    broken = [f"{run.name}: {text}" for text, kept in rules.items() if not kept]
-    return race, broken, result["knn_top1"], result["train_seconds"], about
+    return [f"{run.race}-seed-{run.seed}: {rule}" for rule, kept in rules.items() if not kept]
 
 
 out = Path(sys.argv[1])
-runs = sorted(x for race in RACES for x in out.glob(f"{race}-seed-*"))
-if not runs:
+folders = []
+for race in RACES:
+    folders += sorted(out.glob(f"{race}-seed-*"))
+if not folders:
     sys.exit(f"error: {out} holds no run of a race: it must have folders laptop-seed-0 or gpu-seed-0")
 try:
-    races, broken, scores, seconds, about = zip(*map(look, runs))
-except (OSError, ValueError, KeyError, TypeError) as e:
+    runs = [read_run(folder) for folder in folders]
+    broken = [rule for run in runs for rule in broken_rules(run)]
+    scores = [run.result["knn_top1"] for run in runs]
+    slowest = max(run.result["train_seconds"] for run in runs)
+    environment = runs[0].environment
+    commit = environment["git_commit"][:9] + ("+" if environment["git_diff"] else "")
+    machine = environment["cpu"] if runs[0].race == "laptop" else environment["gpus"][0]
+except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
     sys.exit(f"error: {out} is no log of a race ({e!r}): copy {', '.join(FILES)} of each run")
-commit = about[0]["git_commit"][:9] + ("+" if about[0]["git_diff"] else "")
-spread = f"{sum(scores) / len(scores):.3f} ({min(scores):.3f}-{max(scores):.3f})"
-machine = about[0]["cpu"] if races[0] == "laptop" else about[0]["gpus"][0]
-broken = sum(broken, [])
-if [run.name for run in runs] != [f"{races[0]}-seed-{seed}" for seed in range(3)]:
-    broken.append("three runs are wanted, of seeds 0, 1 and 2")
+if [folder.name for folder in folders] != [f"{runs[0].race}-seed-{seed}" for seed in range(3)]:
+    broken.append("the race takes three runs, with seeds 0, 1 and 2")
+knn = f"{sum(scores) / len(scores):.3f} ({min(scores):.3f}-{max(scores):.3f})"
 if broken:
-    sys.exit(f"error: k-NN {spread}, but no row for the table: " + "; ".join(broken))
-print(f"| {commit} | {len(runs)} | {spread} | {max(seconds):.0f} | {machine} | {out} | what you changed |")
+    sys.exit(f"error: k-NN {knn}, but no row for the table: " + "; ".join(broken))
+print(f"| {commit} | {len(runs)} | {knn} | {slowest:.0f} | {machine} | {out} | what you changed |")
 PYTHON
 }
 
 need() { [ -n "$1" ] || { echo "error: $2" >&2; exit 1; }; }
 
 if [ "${1:-}" = check ]; then
-    need "$there" "which log? labs/speedrun.sh check results/race/NAME"
-    check "$there"
+    need "$argument" "which log? labs/speedrun.sh check results/race/NAME"
+    check "$argument"
     exit
 fi
-race=laptop model=laptop fixed=(evaluation.train_path=scenes:3000:seed=11
-    evaluation.test_path=scenes:1000:seed=12 speed.device=cpu speed.threads=2)
 if [ "${1:-}" = gpu ]; then
-    need "$there" "where is CIFAR-10? labs/speedrun.sh gpu DATA, with DATA/train and DATA/test"
-    race=gpu model=cifar10_gpu fixed=(--max-minutes 9.9 "train.dataset_path=folder:$there/train" "evaluation.train_path=folder:$there/train"
-        "evaluation.test_path=folder:$there/test" speed.device=cuda)
+    need "$argument" "where is CIFAR-10? labs/speedrun.sh gpu DATA, with DATA/train and DATA/test"
+    race=gpu
+    model=cifar10_gpu
+    fixed=(--max-minutes 9.9 "train.dataset_path=folder:$argument/train"
+        "evaluation.train_path=folder:$argument/train" "evaluation.test_path=folder:$argument/test"
+        speed.device=cuda)
     shift 2
+else
+    race=laptop
+    model=laptop
+    fixed=(evaluation.train_path=scenes:3000:seed=11 evaluation.test_path=scenes:1000:seed=12
+        speed.device=cpu speed.threads=2)
 fi
 name=${RACE:-$(date +%Y-%m-%d-%H%M%S)}
 for seed in ${SEEDS:-0 1 2}; do
-    run=runs/race/$name/$race-seed-$seed log=results/race/$name/$race-seed-$seed
+    run=runs/race/$name/$race-seed-$seed
+    log=results/race/$name/$race-seed-$seed
     python train.py --model "$model" --output-dir "$run" "$@" "train.seed=$seed" "${fixed[@]}"
     mkdir -p "$log"
     cp "$run"/{result,environment}.json "$run/config.yaml" "$run/metrics.jsonl" "$log/"

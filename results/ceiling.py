@@ -11,40 +11,49 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import config  # noqa: E402
-from data import make_loader, permuted_index, stable_hash
-from eval_knn import open_eval_sets
-from features import extract_features
-from model import DINOv2
-from optim import compute_schedules
-from sources import open_source
+from data import make_loader, permuted_index, stable_hash  # noqa: E402
+from eval_knn import open_eval_sets  # noqa: E402
+from features import extract_features  # noqa: E402
+from model import DINOv2  # noqa: E402
+from optim import compute_schedules  # noqa: E402
+from sources import open_source  # noqa: E402
+
+
+def labels_of_samples(samples, labels, seed):
+    """The labels of the images behind these numbers of samples, as MultiCropDataset chooses them."""
+    n = len(labels)
+    return labels[[permuted_index(stable_hash(seed, i // n), i % n, n) for i in samples.tolist()]]
+
+
+def train_supervised(cfg, steps):
+    """-> backbone, linear head, last loss."""
+    torch.manual_seed(cfg.train.seed)
+    dataset = open_source(cfg.train.dataset_path)
+    backbone = DINOv2(cfg).backbone
+    head = torch.nn.Linear(backbone.embed_dim, 10)
+    optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], weight_decay=0.05)
+    labels = torch.tensor([dataset[i][1] for i in range(len(dataset))])
+    loader = make_loader(cfg, dataset, torch.device("cpu"))
+    for step in range(steps):
+        batch = next(loader)
+        optimizer.param_groups[0]["lr"] = compute_schedules(cfg, step)["lr"]
+        targets = labels_of_samples(batch["samples"], labels, cfg.train.seed).repeat(2)  # of both crops
+        loss = F.cross_entropy(head(backbone(batch["globals"]).cls), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return backbone, head, loss.item()
 
 
 def main(steps):
     cfg = config.load(model="laptop", overrides=[f"optim.epochs={steps / 100}", "crops.local_crops_number=0"])
-    torch.manual_seed(cfg.train.seed)
-    dataset, backbone = open_source(cfg.train.dataset_path), DINOv2(cfg).backbone
-    head = torch.nn.Linear(backbone.embed_dim, 10)
-    parameters = [*backbone.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
-    labels = torch.tensor([dataset[i][1] for i in range(len(dataset))])
-    loader, n, seed = make_loader(cfg, dataset, torch.device("cpu")), len(dataset), cfg.train.seed
-    for step in range(steps):
-        batch = next(loader)
-        optimizer.param_groups[0]["lr"] = compute_schedules(cfg, step)["lr"]
-        images = [permuted_index(stable_hash(seed, i // n), i % n, n) for i in batch["samples"].tolist()]
-        y = labels[images].repeat(2)
-        loss = F.cross_entropy(head(backbone(batch["globals"]).cls), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    backbone, head, loss = train_supervised(cfg, steps)
     _, queries = open_eval_sets(cfg)
-    cls, truth, _ = extract_features(backbone, queries)
-    accuracy = (head(cls).argmax(1) == truth).float().mean().item()
-    print(
-        f"supervised, {steps} steps: loss {loss.item():.3f}, accuracy {accuracy:.3f} on {len(truth)} scenes"
-    )
+    cls, labels, _ = extract_features(backbone, queries)
+    accuracy = (head(cls).argmax(1) == labels).float().mean().item()
+    print(f"supervised, {steps} steps: loss {loss:.3f}, accuracy {accuracy:.3f} on {len(labels)} scenes")
 
 
 if __name__ == "__main__":

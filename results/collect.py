@@ -12,23 +12,39 @@ from pathlib import Path
 
 import yaml
 
+FACTS = ("cpu", "cpu_cores", "threads", "gpus", "python", "torch", "numpy", "pillow", "git_commit")
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def read_run(folder):
+    """The seed of a run, how it was made, and its result."""
+    environment = read_json(folder / "environment.json")
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    arguments = environment["command"][1:]
+    run = dict(seed=settings["train"]["seed"], command=" ".join(["python", *arguments]))
+    for name in FACTS:
+        run[name] = environment[name]
+    run["result"] = read_json(folder / "result.json")
+    return run
+
 
 def main(out, folders):
-    runs = []
-    for folder in map(Path, folders):
-        environment = json.loads((folder / "environment.json").read_text())
-        seed = yaml.safe_load((folder / "config.yaml").read_text())["train"]["seed"]
-        keep = ("cpu", "cpu_cores", "threads", "gpus", "python", "torch", "numpy", "pillow", "git_commit")
-        about = dict(
-            command=" ".join(["python", *environment["command"][1:]]), **{k: environment[k] for k in keep}
-        )
-        runs.append(dict(seed=seed, **about, result=json.loads((folder / "result.json").read_text())))
-    numbers = {k: [r["result"][k] for r in runs] for k in runs[0]["result"]}
-    summary = {k: dict(mean=sum(v) / len(v), min=min(v), max=max(v)) for k, v in numbers.items()}
-    Path(out).write_text(json.dumps(dict(summary=summary, runs=runs), indent=1) + "\n")
-    print(f"{out}: {len(runs)} runs, seeds {[r['seed'] for r in runs]}")
-    for name, s in summary.items():
-        print(f"{name:22s} mean {s['mean']:10.3f}   min {s['min']:10.3f}   max {s['max']:10.3f}")
+    runs = [read_run(Path(folder)) for folder in folders]
+    summary = {}
+    for name in runs[0]["result"]:
+        values = [run["result"][name] for run in runs]
+        mean = sum(values) / len(values)
+        summary[name] = dict(mean=mean, min=min(values), max=max(values))
+    text = json.dumps(dict(summary=summary, runs=runs), indent=1)
+    Path(out).write_text(text + "\n")
+    seeds = [run["seed"] for run in runs]
+    print(f"{out}: {len(runs)} runs, seeds {seeds}")
+    for name, numbers in summary.items():
+        columns = [f"{key} {value:10.3f}" for key, value in numbers.items()]
+        print(f"{name:22s} " + "   ".join(columns))
 
 
 if __name__ == "__main__":

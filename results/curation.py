@@ -1,4 +1,4 @@
-"""Does curate.py find what was hidden in the pile, and how fast? The tables of README and LOG.
+"""Does curation find what was hidden in a pile, and how fast is it? The tables of README and LOG.
 
     python results/curation.py truth WORK --seed 1 --photos folder:/photos --weights runs/laptop
     python results/curation.py truth WORK --seed 0 --images 4000 --sweep dedup.radius=2,4,6
@@ -8,7 +8,7 @@
 `truth` renders a pile of scenes (and photos, if a folder is given) with planted copies, rejects, leaks of an
 evaluation set, blocked content and over-represented domains, curates it, and compares the manifest with what
 was planted. Thresholds are chosen on one seed (--sweep) and scored on another. Scenes, photos and frames of
-videos are told apart: frames have natural duplicates, which count as false merges here.
+videos are counted apart: frames have natural duplicates, which count as false merges here.
 `near` shows how far the hashes of copies, and of strangers, lie apart.
 `speed` measures side by side, A B A B, on one core.
 """
@@ -23,23 +23,31 @@ import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from curation import __main__ as curate  # noqa: E402
-from curation import vectors
+from curation.balance import normalized_entropy
+from curation.dedup import hamming_pairs, near_duplicate_groups
+from curation.ingest import dhash, measure, phash
+from curation.settings import load
+from curation.vectors import kmeans, nearest, unit_rows
 from data import stable_hash
 from runfolder import environment
 from scenes import CLASSES, render
 from sources import decode_image, open_source
 
+ROOT = Path(__file__).parent.parent
 SHARES = np.array([30, 20, 10, 10, 8, 6, 4, 4, 4, 4]) / 100  # of the ten kinds in the pile: uneven on purpose
 BLOCKED = 8  # the kind that must not stay: dots
 SIZES = (256, 288, 320)
-PASS = "a pass of it, s of one core"
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+# ---------------------------------------------------------------- the files that are planted
 
 
 def jpeg(image, quality=90, **options):
@@ -54,52 +62,67 @@ def png(image):
     return buffer.getvalue()
 
 
-def scaled(image, by):
-    return image.resize([round(side * by) for side in image.size], Image.BICUBIC)
+def scaled(image, factor):
+    return image.resize([round(side * factor) for side in image.size], Image.BICUBIC)
 
 
 def lying(image):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees to the right: so the pixels are turned to the left
+    exif[ORIENTATION] = 6  # to be turned by 90 degrees to the right: so the pixels are turned to the left
     return jpeg(image.transpose(Image.ROTATE_90), exif=exif)
 
 
 def cropped(image, rng):
-    w, h = image.size
-    x, y = rng.integers(0, round(0.05 * w) + 1), rng.integers(0, round(0.05 * h) + 1)
-    return image.crop((x, y, x + round(0.95 * w), y + round(0.95 * h)))
+    width, height = image.size
+    left = rng.integers(0, round(0.05 * width) + 1)
+    top = rng.integers(0, round(0.05 * height) + 1)
+    return image.crop((left, top, left + round(0.95 * width), top + round(0.95 * height)))
+
+
+def top_strip(image):
+    return image.crop((0, 0, image.width, image.height // 4)).resize((900, 225))
+
+
+def plain_colour(image, rng):
+    return Image.new("RGB", image.size, tuple(rng.integers(90, 200, 3).tolist()))
+
+
+def brightness(image, factor):
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def blurred(image):
+    return image.filter(ImageFilter.GaussianBlur(min(image.size) / 50))
+
+
+def nearly_white(image):
+    return Image.blend(image, Image.new("RGB", image.size, "white"), 0.96)
 
 
 def noise(rng, size):
     return rng.integers(0, 256, size, dtype=np.uint8).tobytes()
 
 
-# (original image, its file, random numbers) -> the planted file. The group says which stage must find it.
+# {kind: (original image, its file, random numbers) -> the planted file}
 COPIES = {
     "exact": lambda image, data, rng: data,
     "re-encoded": lambda image, data, rng: jpeg(image, int(rng.integers(35, 80))),
     "png": lambda image, data, rng: png(image),
     "resized": lambda image, data, rng: jpeg(scaled(image, rng.uniform(0.82, 1.6)), 85),
     "lying (EXIF)": lambda image, data, rng: lying(image),
-    "brighter": lambda image, data, rng: jpeg(
-        ImageEnhance.Brightness(image).enhance(rng.uniform(0.85, 1.15))
-    ),
+    "brighter": lambda image, data, rng: jpeg(brightness(image, rng.uniform(0.85, 1.15))),
 }
-CHANGED = {
+CHANGED = {  # copies that hashes need not find
     "cropped 5 %": lambda image, data, rng: jpeg(cropped(image, rng)),
     "mirrored": lambda image, data, rng: jpeg(ImageOps.mirror(image)),
 }
 REJECTS = {
-    "blurred": lambda image, data, rng: jpeg(image.filter(ImageFilter.GaussianBlur(min(image.size) / 50))),
+    "blurred": lambda image, data, rng: jpeg(blurred(image)),
     "small": lambda image, data, rng: jpeg(scaled(image, 120 / min(image.size))),
-    "long": lambda image, data, rng: jpeg(
-        image.crop((0, 0, image.width, image.height // 4)).resize((900, 225))
-    ),
-    "flat": lambda image, data, rng: jpeg(
-        Image.new("RGB", image.size, tuple(rng.integers(90, 200, 3).tolist()))
-    ),
-    "dark": lambda image, data, rng: jpeg(ImageEnhance.Brightness(image).enhance(0.15)),
-    "bright": lambda image, data, rng: jpeg(Image.blend(image, Image.new("RGB", image.size, "white"), 0.96)),
+    "long": lambda image, data, rng: jpeg(top_strip(image)),
+    "flat": lambda image, data, rng: jpeg(plain_colour(image, rng)),
+    "dark": lambda image, data, rng: jpeg(brightness(image, 0.15)),
+    "bright": lambda image, data, rng: jpeg(nearly_white(image)),
     "truncated": lambda image, data, rng: data[: len(data) // 2],
     "no image": lambda image, data, rng: noise(rng, 2000),
 }
@@ -110,111 +133,134 @@ LEAKS = {name: COPIES[name] for name in ("exact", "re-encoded", "resized")}
 # ---------------------------------------------------------------- planting
 
 
-def kinds(seed, count, shares):
-    """Numbers of `count` scenes of world `seed` whose kinds are as frequent as `shares` says."""
-    wanted, found, i = np.round(shares * count).astype(int), [], 0
+class Plan(NamedTuple):
+    """One original image and all that is planted of it."""
+
+    name: str  # its first letter: scene, photo, video, evaluation, x (an example)
+    origin: tuple | str  # (world, number) of a scene, or a path
+    domain: str  # a kind of scene, or photo, or video
+    files: list  # of (folder, kind of copy)
+
+
+def draw_scenes(seed, count, shares):
+    """`count` scenes of world `seed` whose kinds are as frequent as `shares` says -> [(number, kind)]."""
+    wanted = np.round(shares * count).astype(int)
+    found = []
+    number = 0
     while wanted.sum():
-        kind = int(np.random.default_rng([seed, i]).integers(len(CLASSES)))  # as scenes.render draws it
+        kind = int(np.random.default_rng([seed, number]).integers(len(CLASSES)))  # as scenes.render draws it
         if wanted[kind]:
             wanted[kind] -= 1
-            found.append((i, kind))
-        i += 1
+            found.append((number, kind))
+        number += 1
     return found
 
 
+def plan_pile(seed, count, photos):
+    """-> [Plan]: 3/4 of the pile are originals, the rest is planted. photos: {"photo" or "video": paths}"""
+    rng = np.random.default_rng(seed)
+    world = 1000 + seed
+    plans = []
+    for number, kind in draw_scenes(world, round(0.7 * count), SHARES):
+        plans.append(Plan(f"s{number}", (world, number), CLASSES[kind], [("pile", "original")]))
+    for domain, paths in photos.items():
+        for number, path in enumerate(paths):
+            plans.append(Plan(f"{domain[0]}{number}", path, domain, [("pile", "original")]))
+    chosen = rng.permutation(len(plans))
+    weights = np.array([3.0] * len(COPIES) + [2.0] * len(CHANGED) + [1.0] * len(REJECTS))
+    kinds = rng.choice([*COPIES, *CHANGED, *REJECTS], round(0.3 * count), p=weights / weights.sum())
+    for number, kind in zip(chosen, kinds):
+        if plans[number].domain != CLASSES[BLOCKED]:
+            plans[number].files.append(("pile", str(kind)))
+    return plans + plan_evaluation(seed, count) + plan_examples(seed, count)
+
+
+def plan_evaluation(seed, count):
+    """Scenes of an evaluation set; copies of every second one leak into the pile."""
+    world = 2000 + seed
+    plans = []
+    for number, kind in draw_scenes(world, max(count // 100, 10), np.full(10, 0.1)):
+        files = [("evaluation", "original")]
+        if number % 2:
+            files += [("pile", copy) for copy in (*LEAKS, *CHANGED)]
+        plans.append(Plan(f"e{number}", (world, number), CLASSES[kind], files))
+    return plans
+
+
+def plan_examples(seed, count):
+    """Examples of blocked and of allowed content, half of each."""
+    world = 3000 + seed
+    shares = np.full(10, 0.5 / 9)
+    shares[BLOCKED] = 0.5
+    plans = []
+    for number, kind in draw_scenes(world, max(count // 33, 60), shares):
+        folder = "block" if kind == BLOCKED else "allow"
+        plans.append(Plan(f"x{number}", (world, number), CLASSES[kind], [(folder, "original")]))
+    return plans
+
+
 def plant_one(job):
-    """One original and all that is planted of it -> files (if they are missing), lines of truth."""
-    folder, name, origin, plans = job
-    files = [folder / where / f"{stable_hash(name, where, kind) % 10**12:012d}.jpg" for where, kind in plans]
+    """(folder, Plan) -> its files, if they are missing, and its lines of truth."""
+    root, plan = job
+    files = []
+    for folder, kind in plan.files:
+        number = stable_hash(plan.name, folder, kind) % 10**12
+        files.append(root / folder / f"{number:012d}.jpg")
     if not all(file.exists() for file in files):
-        rng = np.random.default_rng(stable_hash(name) % 2**63)
-        if isinstance(origin, tuple):
-            image = Image.fromarray(render(*origin, int(rng.choice(SIZES)))[0])
+        rng = np.random.default_rng(stable_hash(plan.name) % 2**63)
+        if isinstance(plan.origin, tuple):
+            pixels = render(*plan.origin, int(rng.choice(SIZES)))[0]
+            image = Image.fromarray(pixels)
             data = jpeg(image, 92)
         else:
-            data = Path(origin).read_bytes()
-            image = decode_image(data, name)
-        for file, (_, kind) in zip(files, plans):
+            data = Path(plan.origin).read_bytes()
+            image = decode_image(data, plan.name)
+        for file, (_, kind) in zip(files, plan.files):
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial")
             partial.write_bytes(MAKE[kind](image, data, rng))
             partial.replace(file)
-    rows = zip(files, plans)
-    return [dict(path=str(f.absolute()), family=name, kind=kind, where=where) for f, (where, kind) in rows]
+    lines = []
+    for file, (folder, kind) in zip(files, plan.files):
+        place = dict(path=str(file.absolute()), family=plan.name, kind=kind, where=folder)
+        lines.append(dict(place, domain=plan.domain))
+    return lines
 
 
-def plan(seed, count, photos):
-    """-> [(name, origin, domain, [(folder, kind)])]: 3/4 of the pile are originals, the rest is planted."""
-    rng = np.random.default_rng(seed)
-    originals = kinds(1000 + seed, round(0.7 * count), SHARES)
-    held = kinds(2000 + seed, max(count // 100, 10), np.full(10, 0.1))
-    examples = kinds(3000 + seed, max(count // 33, 60), np.where(np.arange(10) == BLOCKED, 0.5, 0.5 / 9))
-    jobs = [(f"s{i}", (1000 + seed, i), CLASSES[k], [("pile", "original")]) for i, k in originals]
-    jobs += [
-        (f"{d[0]}{i}", path, d, [("pile", "original")]) for d in photos for i, path in enumerate(photos[d])
-    ]
-    names = [*COPIES, *CHANGED, *REJECTS]
-    weights = np.array([3.0] * 6 + [2.0] * 2 + [1.0] * 8)
-    for job, kind in zip(
-        rng.permutation(len(jobs)), rng.choice(names, round(0.3 * count), p=weights / weights.sum())
-    ):
-        if jobs[job][2] != CLASSES[BLOCKED]:
-            jobs[job][3].append(("pile", str(kind)))
-    for i, k in held:
-        leaks = [("pile", kind) for kind in (*LEAKS, *CHANGED)] if i % 2 else []
-        jobs.append((f"e{i}", (2000 + seed, i), CLASSES[k], [("evaluation", "original"), *leaks]))
-    for i, k in examples:
-        folder = "block" if k == BLOCKED else "allow"
-        jobs.append((f"x{i}", (3000 + seed, i), CLASSES[k], [(folder, "original")]))
-    return jobs
-
-
-def plant(folder, seed, count, photos, workers):
-    """The pile, its evaluation set and the examples under `folder` -> lines of truth."""
-    jobs = plan(seed, count, photos)
-    domain = {name: kind for name, _, kind, _ in jobs}
-    work = [(folder, name, origin, plans) for name, origin, _, plans in jobs]
+def plant_pile(root, seed, count, photos, workers):
+    """The pile, its evaluation set and the examples as folders under `root` -> lines of truth."""
+    jobs = [(root, plan) for plan in plan_pile(seed, count, photos)]
+    truth = []
     with multiprocessing.Pool(workers) as pool:
-        lines = [line for lines in pool.imap(plant_one, work, 32) for line in lines]
-    return [dict(line, domain=domain[line["family"]]) for line in lines]
+        for lines in pool.imap(plant_one, jobs, 32):
+            truth += lines
+    return truth
 
 
 # ---------------------------------------------------------------- scoring
 
 DUPLICATE = ("exact duplicate", "near duplicate", "feature duplicate")
 QUALITY = ("unreadable", "small", "long", "dark", "bright", "flat", "blurred")
-EXPECTED = {"truncated": "unreadable", "no image": "unreadable"}
+EXPECTED = {"truncated": "unreadable", "no image": "unreadable"}  # other rejects: the kind is the reason
+GROUPS = ("scene", "photo", "video")  # by the first letter of a family
 
 
 def score(truth, manifest, evaluation):
-    """Planted truth against the manifest -> {table: {row: {column: value}}}, [(line of truth, row)]."""
+    """Planted truth against the manifest -> {table: {row: {column: value}}}, [(line of truth, row)].
+
+    manifest: its rows. evaluation: {path: row}.
+    """
     rows = {row["path"]: row for row in manifest}
-    family = defaultdict(set)  # of a SHA-256: exact copies share it
+    families = defaultdict(set)  # of a SHA-256: exact copies share it
     for line in truth:
         row = rows.get(line["path"]) or evaluation.get(line["path"])
         if row and "sha256" in row:
-            family[row["sha256"]].add(line["family"])
+            families[row["sha256"]].add(line["family"])
     pile = [(line, rows[line["path"]]) for line in truth if line["where"] == "pile"]
-    tables = {"quality": rejects(pile), "duplicates": duplicates(pile, family), "leaks": leaks(pile)}
-    tables["content"] = blocked(pile)
-    tables["domains"] = domains(pile)
+    tables = dict(quality=score_rejects(pile), duplicates=score_duplicates(pile, families),
+                  leaks=score_leaks(pile), content=score_blocked(pile),
+                  domains=score_domains(pile))  # fmt: skip
     return tables, pile
-
-
-def rejects(pile):
-    table = {}
-    for kind in REJECTS:
-        wanted = EXPECTED.get(kind, kind)
-        planted = [row for line, row in pile if line["kind"] == kind]
-        by_reason = [line for line, row in pile if row["why"] == wanted]
-        right = sum(EXPECTED.get(line["kind"], line["kind"]) == wanted for line in by_reason)
-        table[kind] = {"planted": len(planted), "recall": share(row["why"] in QUALITY for row in planted),
-                       "precision of the reason": right / max(len(by_reason), 1)}  # fmt: skip
-    dropped = [line for line, row in pile if row["why"] in QUALITY]
-    table["all"] = {"planted": sum(line["kind"] in REJECTS for line, _ in pile),
-                    "recall": share(row["why"] in QUALITY for line, row in pile if line["kind"] in REJECTS),
-                    "precision of the reason": share(x["kind"] in REJECTS for x in dropped)}  # fmt: skip
-    return table
 
 
 def share(truths):
@@ -222,35 +268,64 @@ def share(truths):
     return sum(truths) / len(truths) if truths else float("nan")
 
 
-def duplicates(pile, family):
-    """Recall: copies that ended in one component with their original, of those that reached the stage."""
-    heads = {row["sha256"]: row["of"] for _, row in pile if row["why"] in DUPLICATE[1:]}
-
-    def head(row):
-        sha = row["sha256"]
-        while sha in heads:
-            sha = heads[sha]
-        return sha
-
-    reached = [(line, row) for line, row in pile if row["why"] not in (*QUALITY, "leak")]
-    original, table = {line["family"]: row for line, row in reached if line["kind"] == "original"}, {}
-    for name in ("scene", "photo", "video"):
-        mine = [(line, row) for line, row in reached if line["family"][0] == name[0]]
-        for kind in (*COPIES, *CHANGED):
-            found = [head(row) == head(original[line["family"]]) for line, row in mine
-                     if line["kind"] == kind and line["family"] in original]  # fmt: skip
-            if found:
-                table[f"{kind}, {name}"] = {"planted": len(found), "recall": share(found)}
-        for reason in DUPLICATE:
-            merges = [line["family"] in family[row["of"]] for line, row in mine if row["why"] == reason]
-            if merges:
-                false = len(merges) - sum(merges)
-                table[f"{reason}, {name}"] = {"dropped": len(merges), "precision": share(merges),
-                        "false": false, "false per 10,000 images": 1e4 * false / len(mine)}  # fmt: skip
+def score_rejects(pile):
+    table = {}
+    for kind in REJECTS:
+        wanted = EXPECTED.get(kind, kind)
+        planted = [row for line, row in pile if line["kind"] == kind]
+        found = [line["kind"] for line, row in pile if row["why"] == wanted]
+        right = [EXPECTED.get(found_kind, found_kind) == wanted for found_kind in found]
+        table[kind] = {
+            "planted": len(planted),
+            "recall": share(row["why"] in QUALITY for row in planted),
+            "precision of the reason": sum(right) / max(len(right), 1),
+        }
+    planted = [row for line, row in pile if line["kind"] in REJECTS]
+    dropped = [line for line, row in pile if row["why"] in QUALITY]
+    table["all"] = {
+        "planted": len(planted),
+        "recall": share(row["why"] in QUALITY for row in planted),
+        "precision of the reason": share(line["kind"] in REJECTS for line in dropped),
+    }
     return table
 
 
-def leaks(pile):
+def score_duplicates(pile, families):
+    """Recall: copies that ended in one component with their original, of those that reached the stage."""
+    resembles = {row["sha256"]: row["of"] for _, row in pile if row["why"] in DUPLICATE[1:]}
+
+    def root(row):
+        sha = row["sha256"]
+        while sha in resembles:
+            sha = resembles[sha]
+        return sha
+
+    reached = [(line, row) for line, row in pile if row["why"] not in (*QUALITY, "leak")]
+    originals = {line["family"]: row for line, row in reached if line["kind"] == "original"}
+    table = {}
+    for group in GROUPS:
+        mine = [(line, row) for line, row in reached if line["family"][0] == group[0]]
+        for kind in (*COPIES, *CHANGED):
+            found = []
+            for line, row in mine:
+                if line["kind"] == kind and line["family"] in originals:
+                    found.append(root(row) == root(originals[line["family"]]))
+            if found:
+                table[f"{kind}, {group}"] = {"planted": len(found), "recall": share(found)}
+        for reason in DUPLICATE:
+            right = [line["family"] in families[row["of"]] for line, row in mine if row["why"] == reason]
+            if right:
+                false = len(right) - sum(right)
+                table[f"{reason}, {group}"] = {
+                    "dropped": len(right),
+                    "precision": share(right),
+                    "false": false,
+                    "false per 10,000 images": 1e4 * false / len(mine),
+                }
+    return table
+
+
+def score_leaks(pile):
     table = {}
     for kind in (*LEAKS, *CHANGED):
         planted = [row for line, row in pile if line["family"][0] == "e" and line["kind"] == kind]
@@ -261,97 +336,119 @@ def leaks(pile):
     return table
 
 
-def curve(out, pile):
-    """What features find among those whom hashes let pass, by threshold: recall of copies, false pairs.
+def score_blocked(pile):
+    wanted = []
+    found = []
+    for line, row in pile:
+        if "blocked" in row:
+            wanted.append(line["domain"] == CLASSES[BLOCKED])
+            found.append(row["why"] == "blocked")
+    if not wanted:
+        return {}
+    recall = share(hit for hit, truth in zip(found, wanted) if truth)
+    precision = share(truth for hit, truth in zip(found, wanted) if hit)
+    return {CLASSES[BLOCKED]: {"reached": sum(wanted), "recall": recall, "precision": precision}}
+
+
+def score_domains(pile):
+    """Entropy of the true kinds of scenes before and after, of the largest possible."""
+    early = (*QUALITY, *DUPLICATE, "leak", "blocked", "ugly")
+    before = []
+    after = []
+    for line, row in pile:
+        kind = line["domain"]
+        if kind in CLASSES and kind != CLASSES[BLOCKED]:
+            if row["why"] not in early:
+                before.append(kind)
+            if row["keep"]:
+                after.append(kind)
+    cells = {"before": normalized_entropy(before), "after": normalized_entropy(after), "images": len(after)}
+    return {"kinds of scenes": cells}
+
+
+def score_features(out, pile):
+    """What features find among the images that passed the hashes, by threshold: copies, and false pairs.
 
     The file of features holds the images that were in after the hashes, in the manifest's order.
     """
-    file = max((out / "work").glob("features-*.npy"), key=lambda f: f.stat().st_mtime)
+    file = max((out / "work").glob("features-*.npy"), key=lambda path: path.stat().st_mtime)
     early = (*QUALITY, "exact duplicate", "near duplicate", "leak")
-    place = {row["path"]: (line, row) for line, row in pile}
-    rows = [json.loads(line) for line in (out / "manifest.jsonl").open()]
-    lines = [place[row["path"]][0] for row in rows if row["why"] not in early]
-    x = np.load(file)[: len(lines)].astype(np.float32)
-    group = np.array([line["family"][0] for line in lines])
-    family = np.unique([line["family"] for line in lines], return_inverse=True)[1]
-    kind, table = np.array([line["kind"] for line in lines]), {}
-    for name in ("scene", "photo", "video"):
-        mine = np.flatnonzero(group == name[0])
-        s = x[mine] @ x[mine].T
-        same = family[mine][:, None] == family[mine]
-        origin = same & (kind[mine] == "original")
-        near = np.where(origin, s, -1).max(1, initial=-1)  # cosine of each to its own original
-        apart = np.where(same, -1, s).max(1, initial=-1)  # and to the nearest image of another family
+    line_of = {row["path"]: line for line, row in pile}
+    lines = [line_of[row["path"]] for row in read_rows(out / "manifest.jsonl") if row["why"] not in early]
+    features = np.load(file)[: len(lines)].astype(np.float32)
+    groups = np.array([line["family"][0] for line in lines])
+    families = np.array([line["family"] for line in lines])
+    kinds = np.array([line["kind"] for line in lines])
+    table = {}
+    for group in GROUPS:
+        mine = np.flatnonzero(groups == group[0])
+        cosines = features[mine] @ features[mine].T
+        same = families[mine][:, None] == families[mine]
+        originals = same & (kinds[mine] == "original")
+        to_original = np.where(originals, cosines, -1).max(1, initial=-1)
+        to_stranger = np.where(same, -1, cosines).max(1, initial=-1)  # the nearest image of another family
+        has_original = originals.any(1)
         for cut in (0.999, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9):
-            cells = {k: share(near[(kind[mine] == k) & origin.any(1)] > cut) for k in CHANGED}
-            table[f"cosine above {cut}, {name}"] = cells | {
-                "images with a stranger so near": share(apart > cut)
-            }
+            cells = {}
+            for kind in CHANGED:
+                copies = (kinds[mine] == kind) & has_original
+                cells[kind] = share(to_original[copies] > cut)
+            cells["images with a stranger so near"] = share(to_stranger > cut)
+            table[f"cosine above {cut}, {group}"] = cells
     return table
-
-
-def blocked(pile):
-    seen = [
-        (line["domain"] == CLASSES[BLOCKED], row["why"] == "blocked")
-        for line, row in pile
-        if "blocked" in row
-    ]
-    seen = [(truth, found) for truth, found in seen]
-    return {CLASSES[BLOCKED]: {"reached": sum(t for t, _ in seen), "recall": share(f for t, f in seen if t),
-                               "precision": share(t for t, f in seen if f)}} if seen else {}  # fmt: skip
-
-
-def domains(pile):
-    """Entropy of the true kinds of scenes before and after, of the largest possible."""
-    scenes = [
-        (line["domain"], row)
-        for line, row in pile
-        if line["domain"] in CLASSES and line["domain"] != CLASSES[BLOCKED]
-    ]
-    labels = lambda keep: np.array([d for d, row in scenes if keep(row)])  # noqa: E731
-    early = (*QUALITY, *DUPLICATE, "leak", "blocked", "ugly")
-    before, after = labels(lambda row: row["why"] not in early), labels(lambda row: row["keep"])
-    return {"kinds of scenes": {"before": vectors.entropy(before), "after": vectors.entropy(after),
-                                "images": len(after)}}  # fmt: skip
 
 
 def show(tables):
     for name, table in tables.items():
         print(f"\n{name}")
         for row, cells in table.items():
-            print(f"  {row:34s}" + "   ".join(f"{k} {v:.4g}" for k, v in cells.items()))
+            shown = [f"{column} {value:.4g}" for column, value in cells.items()]
+            print(f"  {row:34s}" + "   ".join(shown))
+
+
+def read_rows(path):
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def truth(args):
-    folder, photos = Path(args.work) / f"{args.seed}-{args.images}", {}
-    for domain, uri in ("photo", args.photos), ("video", args.video):
+    root = Path(args.work).absolute() / f"{args.seed}-{args.images}"
+    photos = {}
+    for domain, uri in (("photo", args.photos), ("video", args.video)):
         if uri:
             source = open_source(uri)
             photos[domain] = [source.name(i) for i in range(len(source))]
     start = time.perf_counter()
-    planted = plant(folder, args.seed, args.images, photos, args.workers)
-    print(Counter(line["where"] for line in planted), f"planted in {time.perf_counter() - start:.0f} s")
-    settings = [f"dedup.evaluation=folder:{folder}/evaluation", "quality.min_side=160", *args.settings]
+    planted = plant_pile(root, args.seed, args.images, photos, args.workers)
+    seconds = time.perf_counter() - start
+    print(Counter(line["where"] for line in planted), f"planted in {seconds:.0f} s")
+    settings = [f"dedup.evaluation=folder:{root}/evaluation", "quality.min_side=160", *args.settings]
     if args.weights:
-        settings += [f"features.weights={args.weights}", f"content.allow=folder:{folder}/allow",
-                     f"content.block=folder:{folder}/block"]  # fmt: skip
+        settings += [f"features.weights={args.weights}", f"content.allow=folder:{root}/allow",
+                     f"content.block=folder:{root}/block"]  # fmt: skip
     name, _, values = args.sweep.partition("=")
-    for value in values.split(",") if values else [None]:
-        some = [*settings, f"{name}={value}"] if value else settings
-        out = folder / "out"
-        command = [sys.executable, "curate.py", "run", f"folder:{folder}/pile", str(out), *some]
-        start = time.perf_counter()
-        command += ["--workers", str(args.workers - 1)]
-        subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
-        print(f"curated in {time.perf_counter() - start:.0f} s", f"{name}={value}" if value else "")
-        read = lambda x: [json.loads(line) for line in (out / f"{x}.jsonl").open()]  # noqa: B023, E731
-        tables, rows = score(planted, read("manifest"), {row["path"]: row for row in read("evaluation")})
-        if args.weights:
-            tables["by features, hashes having found nothing"] = curve(out, rows)
+    for value in values.split(","):
+        swept = [f"{name}={value}"] if value else []
+        tables, num_images = curate_and_score(root, planted, [*settings, *swept], args)
         show(tables)
         if args.json:
-            about = dict(seed=args.seed, images=len(rows), settings=args.settings)
-            keep(args.json, dict(about=about, tables=tables))
+            about = dict(seed=args.seed, images=num_images, settings=args.settings)
+            write_json(args.json, dict(about=about, tables=tables))
+
+
+def curate_and_score(root, planted, settings, args):
+    """Curate the planted pile with these settings -> tables, number of images in the pile."""
+    out = root / "out"
+    command = [sys.executable, "-m", "curation", "run", f"folder:{root}/pile", str(out), *settings]
+    start = time.perf_counter()
+    subprocess.run([*command, "--workers", str(args.workers - 1)], check=True, cwd=ROOT)
+    swept = settings[-1] if args.sweep else ""
+    print(f"curated in {time.perf_counter() - start:.0f} s", swept)
+    evaluation = {row["path"]: row for row in read_rows(out / "evaluation.jsonl")}
+    tables, pile = score(planted, read_rows(out / "manifest.jsonl"), evaluation)
+    if args.weights:
+        tables["by features, hashes having found nothing"] = score_features(out, pile)
+    return tables, len(pile)
 
 
 # ---------------------------------------------------------------- speed
@@ -370,210 +467,287 @@ def alternate(ways, rounds=3):
 
 def photo_like(seed, size=(500, 375)):
     """A JPEG of a scene with noise of all scales: 50-70 KB, as photos of this size have."""
-    rng, image = (
-        np.random.default_rng(seed),
-        np.asarray(Image.fromarray(render(7, seed, 512)[0]).resize(size), float),
-    )
+    rng = np.random.default_rng(seed)
+    pixels = render(7, seed, 512)[0]
+    image = np.asarray(Image.fromarray(pixels).resize(size), float)
     for side in (8, 32, 128, 400):
-        grain = rng.normal(0, 9, (side, side)).astype(np.float32)
-        image = image + np.asarray(Image.fromarray(grain).resize(size, Image.BICUBIC))[..., None]
+        grain = Image.fromarray(rng.normal(0, 9, (side, side)).astype(np.float32))
+        image = image + np.asarray(grain.resize(size, Image.BICUBIC))[..., None]
     return jpeg(Image.fromarray(image.clip(0, 255).astype(np.uint8)), 88)
 
 
-def naive(data):
+def score_naively(data):
     """What one writes first: decode, then each measure on its own with a library."""
     import imagehash
 
     image = Image.open(io.BytesIO(data))
-    imagehash.phash(image), imagehash.dhash(image)
-    x = np.asarray(image.convert("L"), float)
-    y = 4 * x[1:-1, 1:-1] - x[:-2, 1:-1] - x[2:, 1:-1] - x[1:-1, :-2] - x[1:-1, 2:]
-    p = np.bincount(np.asarray(image.convert("L")).ravel(), minlength=256) / x.size
-    return y.var(), -(p[p > 0] * np.log2(p[p > 0])).sum()
+    imagehash.phash(image)
+    imagehash.dhash(image)
+    grey = np.asarray(image.convert("L"), float)
+    neighbours = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
+    laplacian = 4 * grey[1:-1, 1:-1] - neighbours
+    counts = np.bincount(np.asarray(image.convert("L")).ravel(), minlength=256)
+    p = counts[counts > 0] / grey.size
+    return laplacian.var(), -(p * np.log2(p)).sum()
 
 
-def scoring(args):
+def time_scoring(args):
     files = [photo_like(i) for i in range(args.files)]
-    ways = {"one pass": lambda: [decode_image(x, "", curate.measure) for x in files],
-            "naive": lambda: [naive(x) for x in files]}  # fmt: skip
-    seconds = alternate(ways, 5)
-    rates = {f"{k}, images/s": len(files) / v for k, v in seconds.items()}
-    return {"scoring, 500 x 375": rates | {"ratio": seconds["naive"] / seconds["one pass"],
-                                           "KB": np.mean([len(x) for x in files]) / 1000}}  # fmt: skip
+
+    def in_one_pass():
+        return [decode_image(data, "", measure) for data in files]
+
+    def naively():
+        return [score_naively(data) for data in files]
+
+    seconds = alternate({"one pass": in_one_pass, "naive": naively}, 5)
+    cells = {f"{name}, images/s": len(files) / best for name, best in seconds.items()}
+    cells["ratio"] = seconds["naive"] / seconds["one pass"]
+    cells["KB"] = np.mean([len(data) for data in files]) / 1000
+    return {"scoring, 500 x 375": cells}
 
 
-def drift(args):
+def measure_drift(args):
     """Bits by which hashes of the drafted, reduced picture differ from those of the whole, grey picture."""
-    rows = []
+    drifts = []
     for i in range(args.files):
         data = photo_like(i)
-        row, grey = decode_image(data, "", curate.measure), Image.open(io.BytesIO(data)).convert("L")
-        pairs = (row["phash"], curate.phash(grey)), (row["dhash"], curate.dhash(grey))
-        rows.append([(int(a, 16) ^ b).bit_count() for a, b in pairs])
-    p, d = np.array(rows).T
-    return {"drift of the draft, bits of 64": {"pHash mean": p.mean(), "pHash most": p.max(),
-                                               "dHash mean": d.mean(), "dHash most": d.max()}}  # fmt: skip
+        row = decode_image(data, "", measure)
+        grey = Image.open(io.BytesIO(data)).convert("L")
+        pairs = ((row["phash"], phash(grey)), (row["dhash"], dhash(grey)))
+        drifts.append([(int(drafted, 16) ^ exact).bit_count() for drafted, exact in pairs])
+    cells = {}
+    for name, bits in zip(("pHash", "dHash"), np.array(drifts).T):
+        cells |= {f"{name} mean": bits.mean(), f"{name} most": bits.max()}
+    return {"drift of the draft, bits of 64": cells}
 
 
-def joining(args):
+def time_hamming_pairs(args):
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, args.hashes, dtype=np.uint64)
-    twins = args.hashes // 10
-    flips = np.uint64(1) << rng.integers(0, 64, (6, twins), dtype=np.uint64)
-    hashes[-twins:] = hashes[:twins] ^ np.bitwise_xor.reduce(flips)
+    num_twins = args.hashes // 10
+    flips = np.uint64(1) << rng.integers(0, 64, (6, num_twins), dtype=np.uint64)
+    hashes[-num_twins:] = hashes[:num_twins] ^ np.bitwise_xor.reduce(flips)
     few = hashes[: min(args.hashes, 16_384)]  # brute force on a part: its time grows with the square
 
-    def brute():  # blocks that stay in a core's cache
-        return [(np.bitwise_count(few[i : i + 64, None] ^ few[j : j + 2048]) <= 6).sum()
-                for i in range(0, len(few), 64) for j in range(0, len(few), 2048)]  # fmt: skip
+    def by_bands():
+        return list(hamming_pairs(hashes, 6))
 
-    seconds = alternate({"banded": lambda: [len(x) for x in curate.join(hashes, 6)], "brute": brute}, 2)
-    found = len({(min(p), max(p)) for pairs in curate.join(hashes, 6) for p in pairs.tolist()})
+    def by_brute_force():
+        for rows in np.split(few, range(64, len(few), 64)):  # blocks that stay in a core's cache
+            for columns in np.split(few, range(2048, len(few), 2048)):
+                near = np.bitwise_count(rows[:, None] ^ columns) <= 6
+                near.sum()
+
+    seconds = alternate({"banded": by_bands, "brute": by_brute_force}, 2)
+    found = set()
+    for pairs in hamming_pairs(hashes, 6):
+        found |= {(min(pair), max(pair)) for pair in pairs.tolist()}
     whole = seconds["brute"] * (len(hashes) / len(few)) ** 2 / 2  # each pair once
-    return {f"join of {args.hashes:,d} hashes, radius 6": {"banded, s": seconds["banded"],
-            "brute force, s (extrapolated)": whole, "ratio": whole / seconds["banded"],
-            "found of the twins": found / twins}}  # fmt: skip
+    cells = {
+        "banded, s": seconds["banded"],
+        "brute force, s (extrapolated)": whole,
+        "ratio": whole / seconds["banded"],
+        "found of the twins": len(found) / num_twins,
+    }
+    return {f"join of {args.hashes:,d} hashes, radius 6": cells}
 
 
-def vector_work(args):
-    rng, n = np.random.default_rng(0), args.vectors
-    centres = rng.normal(size=(n // 100, 384)).astype(np.float32)
-    x = centres[rng.integers(0, len(centres), n)] + rng.normal(size=(n, 384)).astype(np.float32)
-    x[-n // 100 :] = x[: n // 100] + 0.05 * rng.normal(size=(n // 100, 384))
-    x, table = vectors.unit(torch.from_numpy(x)), {}
+def time_vectors(args):
+    rng = np.random.default_rng(0)
+    count = args.vectors
+    num_twins = count // 100
+    centers = rng.normal(size=(count // 100, 384)).astype(np.float32)
+    x = centers[rng.integers(0, len(centers), count)] + rng.normal(size=(count, 384)).astype(np.float32)
+    x[-num_twins:] = x[:num_twins] + 0.05 * rng.normal(size=(num_twins, 384))
+    x = unit_rows(torch.from_numpy(x))
+    cells = {}
     start = time.process_time()
-    vectors.kmeans(x, args.centroids)
-    table["k-means, s of one core"] = time.process_time() - start
+    kmeans(x, args.centroids)
+    cells["k-means, s of one core"] = time.process_time() - start
     start = time.process_time()
-    vectors.nearest(x, x[: args.centroids])
-    table[PASS] = time.process_time() - start
+    nearest(x, x[: args.centroids])
+    cells["a pass of it, s of one core"] = time.process_time() - start
     start = time.process_time()
-    roots = vectors.families(x, np.zeros(n, bool), 0.95, 2.0)
-    table["feature dedup, s of one core"] = time.process_time() - start
-    table["recall of its 1 %"] = float((roots[-n // 100 :] < n - n // 100).mean())
-    table["threads"] = torch.get_num_threads()
-    return {f"{n:,d} x 384 vectors, {args.centroids} centroids": table}
+    roots = near_duplicate_groups(x, np.zeros(count, bool), 0.95, 2.0)
+    cells["feature dedup, s of one core"] = time.process_time() - start
+    cells["recall of its 1 %"] = float((roots[-num_twins:] < count - num_twins).mean())
+    cells["threads"] = torch.get_num_threads()
+    return {f"{count:,d} x 384 vectors, {args.centroids} centroids": cells}
 
 
-def memory(args):
-    """Peak memory of `curate.py run` on piles of small images, with the same size of a piece. First of all
-    parts: Linux counts what the parent had before a child begins."""
-    table, root = {}, Path(__file__).parent.parent
-    tiny = "import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.')\n"
-    tiny += "try: runpy.run_path('curate.py', run_name='__main__')\n"
-    tiny += "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+MEASURE_PEAK = """
+import resource, runpy
+try:
+    runpy.run_module("curation", run_name="__main__", alter_sys=True)
+finally:
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def write_small_images(folder, count):
+    for i in range(count):
+        file = folder / f"{i // 1000:04d}" / f"{i:07d}.jpg"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            grain = np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            file.write_bytes(jpeg(Image.fromarray(grain).resize((64, 64), Image.BICUBIC), 60))
+
+
+def measure_memory(args):
+    """Peak memory of `python -m curation run` on piles of small images, with the same size of a piece.
+
+    The first of all parts: Linux counts what the parent had before a child begins.
+    """
+    cells = {}
     for count in map(int, args.pile.split(",")):
-        folder = Path(args.work) / f"small{count}"
-        for i in range(count):
-            file = folder / "pile" / f"{i // 1000:04d}" / f"{i:07d}.jpg"
-            if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                grain = np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-                file.write_bytes(jpeg(Image.fromarray(grain).resize((64, 64), Image.BICUBIC), 60))
+        folder = Path(args.work).absolute() / f"small{count}"
+        write_small_images(folder / "pile", count)
         shutil.rmtree(folder / "out", ignore_errors=True)
-        command = [sys.executable, "-c", tiny, "curate.py", "run", f"folder:{folder}/pile", f"{folder}/out",
+        command = [sys.executable, "-c", MEASURE_PEAK, "run", f"folder:{folder}/pile", f"{folder}/out",
                    "quality.min_side=10", "quality.min_sharpness=0"]  # fmt: skip
         start = time.perf_counter()
-        done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
-        table[f"{count:,d} images, MB"] = int(done.stdout.split("peak")[1]) / 1024
-        table[f"{count:,d} images, s"] = time.perf_counter() - start
-    return {"memory of a run": table}
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        cells[f"{count:,d} images, MB"] = int(done.stdout.split("peak")[1]) / 1024
+        cells[f"{count:,d} images, s"] = time.perf_counter() - start
+    return {"memory of a run": cells}
 
 
-def hours(args, tables, images=500_000_000, centroids=50_000):
+def extrapolate(args, tables, images=500_000_000, centroids=50_000):
     """What a crawl would take at these rates, in hours of one core: scoring grows with the images, a pass of
     k-means with images times centroids."""
     rate = tables["scoring, 500 x 375"]["one pass, images/s"]
-    one_pass = next(x for x in tables.values() if PASS in x)[PASS]
+    vectors = tables[f"{args.vectors:,d} x 384 vectors, {args.centroids} centroids"]
     larger = images / args.vectors * centroids / args.centroids
-    return {f"{images:,d} images, hours of one core": {"scoring": images / rate / 3600,
-            f"a pass of k-means, {centroids:,d} centroids": one_pass * larger / 3600}}  # fmt: skip
+    cells = {"scoring": images / rate / 3600}
+    one_pass = vectors["a pass of it, s of one core"]
+    cells[f"a pass of k-means, {centroids:,d} centroids"] = one_pass * larger / 3600
+    return {f"{images:,d} images, hours of one core": cells}
+
+
+PARTS = {
+    "memory": measure_memory,
+    "scoring": time_scoring,
+    "drift": measure_drift,
+    "join": time_hamming_pairs,
+    "vectors": time_vectors,
+}
 
 
 def speed(args):
+    parts = args.parts.split(",")
     tables = {}
-    for part in args.parts.split(","):
-        table = dict(scoring=scoring, drift=drift, join=joining, vectors=vector_work, memory=memory)[part](
-            args
-        )
+    for part in parts:
+        table = PARTS[part](args)
         show({part: table})
         tables |= table
-    if {"scoring", "vectors"} <= set(args.parts.split(",")):
-        tables |= (table := hours(args, tables))
+    if "scoring" in parts and "vectors" in parts:
+        table = extrapolate(args, tables)
         show({"hours": table})
+        tables |= table
     if args.json:
-        keep(args.json, tables)
+        write_json(args.json, tables)
+
+
+# ---------------------------------------------------------------- how near hashes are
 
 
 def near(args):
-    """How far copies lie from their originals, and strangers from each other: what dedup.radius is chosen by.
+    """How far copies lie from their originals, and strangers from each other: dedup.radius is chosen by this.
 
     Each scene (of a world that no pile has) is copied as re-encoded, three times resized, and brighter.
     """
-    hashes, apart = [], defaultdict(list)
+    originals = []
+    distances = defaultdict(list)  # {kind: [(pHash, dHash) bits between a copy and its original]}
     for i in range(args.images):
         rng = np.random.default_rng([77, i])
-        image = Image.fromarray(render(5000, i, int(rng.choice(SIZES)))[0])
+        pixels = render(5000, i, int(rng.choice(SIZES)))[0]
+        image = Image.fromarray(pixels)
         data = jpeg(image, 92)
         for kind in ("original", "re-encoded", "resized", "resized", "resized", "brighter"):
-            row = decode_image(MAKE[kind](image, data, rng), "", curate.measure)
-            own = np.array([int(row[k], 16) for k in ("phash", "dhash")], np.uint64)
+            row = decode_image(MAKE[kind](image, data, rng), "", measure)
+            hashes = np.array([int(row[name], 16) for name in ("phash", "dhash")], np.uint64)
             if kind == "original":
-                hashes.append(own)
+                originals.append(hashes)
             else:
-                apart[kind].append(np.bitwise_count(own ^ hashes[-1]))
-    every = np.stack(hashes)
-    strangers = np.stack([np.bitwise_count(h[:, None] ^ h)[np.triu_indices(len(h), 1)] for h in every.T], 1)
-    table, other = {}, curate.load().dedup.other_radius
+                distances[kind].append(np.bitwise_count(hashes ^ originals[-1]))
+    strangers = []
+    for hashes in np.stack(originals).T:
+        between = np.bitwise_count(hashes[:, None] ^ hashes)
+        strangers.append(between[np.triu_indices(len(hashes), 1)])
+    strangers = np.stack(strangers, 1)
+    other_radius = load().dedup.other_radius
+    table = {}
     for radius in range(0, 9, 2):
-        same = lambda bits: (bits.min(1) <= radius) & (bits.max(1) <= other)  # noqa: B023, E731
-        cells = {f"{kind}, of {len(x)} missed": (~same(np.stack(x))).sum() for kind, x in apart.items()}
-        table[f"radius {radius}"] = cells | {"false pairs": same(strangers).sum()}
+        cells = {}
+        for kind, bits in distances.items():
+            found = are_alike(np.stack(bits), radius, other_radius)
+            cells[f"{kind}, of {len(bits)} missed"] = (~found).sum()
+        cells["false pairs"] = are_alike(strangers, radius, other_radius).sum()
+        table[f"radius {radius}"] = cells
     show({"near": table})
 
 
-def keep(file, tables):
+def are_alike(bits, radius, other_radius):
+    """Differing bits of the two hashes (n, 2) -> bool (n,), as dedup.filter_hashes decides."""
+    return (bits.min(1) <= radius) & (bits.max(1) <= other_radius)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def write_json(file, tables):
     """Numbers, with hardware and versions, as a file of results/. What is not a number becomes null."""
-    here = {k: v for k, v in environment().items() if k not in ("git_diff", "command")}
-    text = json.dumps(dict(tables, environment=here), default=float)
+    about = {key: value for key, value in environment().items() if key not in ("git_diff", "command")}
+    text = json.dumps(dict(tables, environment=about), default=float)
     plain = json.loads(text, parse_constant=lambda name: None)  # JSON knows no NaN
     Path(file).write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
 
 
-def main():
+def parse_args():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(required=True)
-    add = (one := commands.add_parser("truth")).add_argument
-    one.set_defaults(command=truth)
-    add("work", help="a folder for the pile; what was rendered there is used again")
-    add("--images", type=int, default=20_000)
-    add("--seed", type=int, default=1)
-    add("--photos", default="", help="a data URI of photos that join the pile")
-    add("--video", default="", help="a data URI of frames, among which there are natural duplicates")
-    add("--weights", default="", help="a backbone: with it, features, content and so on are judged too")
-    add("--sweep", default="", help="a setting and its values: section.key=a,b,c")
-    add("--workers", type=int, default=1)
-    add("--json", default="")
-    add = (two := commands.add_parser("speed")).add_argument
-    two.set_defaults(command=speed)
-    add("--parts", default="memory,scoring,drift,join,vectors")
-    add("--files", type=int, default=60, help="JPEGs that are scored")
-    add("--hashes", type=int, default=1_000_000)
-    add("--vectors", type=int, default=200_000)
-    add("--centroids", type=int, default=1000)
-    add("--pile", default="10000,100000", help="images of the piles whose memory is measured")
-    add("--work", default="runs/curation", help="a folder for them")
-    add("--json", default="")
-    add = (three := commands.add_parser("near")).add_argument
-    three.set_defaults(command=near)
-    add("--images", type=int, default=2500)
-    args, rest = parser.parse_known_args()
-    if strange := [x for x in rest if "=" not in x or x.startswith("-")] or (
-        rest and args.command is not truth
-    ):
-        parser.error(f"unknown: {strange}")
-    args.settings = rest
+
+    command = commands.add_parser("truth")
+    command.set_defaults(command=truth)
+    command.add_argument("work", help="a folder for the pile; what was rendered there is used again")
+    command.add_argument("--images", type=int, default=20_000)
+    command.add_argument("--seed", type=int, default=1)
+    command.add_argument("--photos", default="", help="a data URI of photos that join the pile")
+    command.add_argument("--video", default="", help="a data URI of frames, which have natural duplicates")
+    command.add_argument("--weights", default="", help="a backbone: features and content are scored too")
+    command.add_argument("--sweep", default="", help="a setting and its values: section.key=a,b,c")
+    command.add_argument("--workers", type=int, default=1)
+    command.add_argument("--json", default="")
+
+    command = commands.add_parser("speed")
+    command.set_defaults(command=speed)
+    command.add_argument("--parts", default=",".join(PARTS))
+    command.add_argument("--files", type=int, default=60, help="JPEGs that are scored")
+    command.add_argument("--hashes", type=int, default=1_000_000)
+    command.add_argument("--vectors", type=int, default=200_000)
+    command.add_argument("--centroids", type=int, default=1000)
+    command.add_argument("--pile", default="10000,100000", help="images of the piles for memory")
+    command.add_argument("--work", default="runs/curation", help="a folder for them")
+    command.add_argument("--json", default="")
+
+    command = commands.add_parser("near")
+    command.set_defaults(command=near)
+    command.add_argument("--images", type=int, default=2500)
+
+    args, settings = parser.parse_known_args()
+    wrong = [text for text in settings if "=" not in text or text.startswith("-")]
+    if settings and args.command is not truth:
+        wrong = settings
+    if wrong:
+        parser.error(f"unknown: {wrong}")
+    args.settings = settings
+    return args
+
+
+def main():
+    args = parse_args()
     args.command(args)
 
 

@@ -4,16 +4,16 @@
     python results/gpu.py --budget 300 --out runs/gpu-2 --done runs/gpu/gpu.jsonl    # what was left out
     python results/gpu.py --write results/gpu/*.jsonl                                # into the documents
 
-Each part has an estimate and a limit in seconds, starts only if its estimate fits into what is left of the
-budget, and is a forked process of its own: whatever raises, hangs or takes the GPU down costs one part. Each
-number is a line of JSON in OUT/gpu.jsonl as soon as it is there; all that anybody prints is in OUT/gpu.log,
-and the trace of a step in OUT/gpu.tar.gz. `--only` and `--skip` take names of parts, or their first words:
-"step", "without", "memory".
+Each part has an estimate and a limit in seconds, and starts only if its estimate fits into what is left of
+the budget. It is a process of its own: one that raises, hangs or takes the GPU down costs one part. Each
+number is a line of JSON in OUT/gpu.jsonl as soon as it is there; everything that is printed is in
+OUT/gpu.log, and the trace of a step in OUT/gpu.tar.gz. `--only` and `--skip` take names of parts, or their
+first words: "step", "without", "memory".
 
-What is unusual here: every headline number was predicted before it could be measured (PREDICTIONS), most of
-them from a roofline, and is printed beside its prediction. A prediction that fails teaches more than one that
-holds, so they stay as they were written. The parent imports everything once and never touches CUDA, because a
-process that has done so cannot fork.
+Every headline number was predicted before it could be measured (PREDICTIONS), most of them from a roofline,
+and is printed beside its prediction. A prediction that fails teaches more than one that holds, so they stay
+as they were written. The parent imports everything once and never touches CUDA, because a process that has
+done so cannot fork.
 
 Expect a short table at the end. Without a GPU all of it runs in miniature, and its numbers mean nothing.
 """
@@ -31,14 +31,14 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tarfile  # noqa: E402
 import tempfile  # noqa: E402
-from collections import namedtuple  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from contextlib import suppress  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import NamedTuple  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 CACHE = Path(tempfile.gettempdir(), "nanodino-gpu")  # parts share what they have compiled
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
 if not shutil.which("nvidia-smi") or subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode:
@@ -53,23 +53,32 @@ import train  # noqa: E402
 from config import UserError  # noqa: E402
 from optim import compute_schedules  # noqa: E402
 from runfolder import StepProfile  # noqa: E402
-from tools import bench  # noqa: E402
-from tools import bench_kernels as kernel_bench  # noqa: E402
-from tools.bench_kernels import DRY, about, forked, writer  # noqa: E402
+from tools import bench, bench_kernels  # noqa: E402
+from tools.bench_kernels import DRY, machine_line, row_writer  # noqa: E402
+from tools.isolation import run_isolated  # noqa: E402
 
-MODEL = "debug" if DRY else "vitl16_short"
+PRESET = "debug" if DRY else "vitl16_short"
 SETTINGS = ["train.batch_size_per_gpu=2", "train.num_workers=0"] if DRY else []
 STEPS = 1 if DRY else 10
-SIZES = ("vits14", "vitb14", "vitl14", "vitg14")
 # Off in a plain stand-in of the published step, which packs crops and drops images from the computation too.
 PUBLISHED = ("kernels", "compile", "16-bit stream", "fused losses")
-LIMIT = 15 * 2**20  # bytes of each file in OUT
+MAX_FILE_BYTES = 15 * 2**20  # bytes of each file in OUT
 
 
 # ---------------------------------------------------------------- what we expect
 
-# `where`: a part, and after a slash its row; `key`: a number of that row, dots lead into a dict.
-Prediction = namedtuple("Prediction", "where key form h100 h200 why")
+
+class Prediction(NamedTuple):
+    """A number that was expected before it was measured, and why."""
+
+    where: str  # a part, and after a slash its row
+    key: str  # a number of that row; dots lead into a dict
+    form: str
+    h100: float
+    h200: float
+    why: str
+
+
 PREDICTIONS = {
     "bf16 product of 8192, TFLOP/s": Prediction(
         "ceilings", "tflops", "{:.0f}", 780, 780, "four fifths of 989: random data lower the clock"),
@@ -156,61 +165,61 @@ PREDICTIONS = {
         "tiles", "best_by_shipped", "{:.2f}", 0.97, 0.97, "the sizes were chosen by instruction counts"),
 }  # fmt: skip
 
-
 # ---------------------------------------------------------------- the parts
-# Functions of report(part, **row), each in a fresh process. They may raise.
+# Functions of write_row(part, **row), each in a fresh process. They may raise.
 
 
-def ceilings(report):
+def measure_ceilings(write_row):
     """What this card can do at best: the denominators of everything else."""
     n, size = (64, 2**16) if DRY else (8192, 2**30)
-    a, b = (torch.randn(n, n, device=kernel_bench.DEVICE).bfloat16() for _ in range(2))
-    source = torch.randn(size // 2, device=kernel_bench.DEVICE)  # 2 GB are read and 2 written
+    a = torch.randn(n, n, device=bench_kernels.DEVICE).bfloat16()
+    b = torch.randn(n, n, device=bench_kernels.DEVICE).bfloat16()
+    source = torch.randn(size // 2, device=bench_kernels.DEVICE)  # 2 GB are read and 2 written
     target = torch.empty_like(source)
-    product, _ = kernel_bench.clock([partial(torch.mm, a, b)])
-    copy, _ = kernel_bench.clock([partial(target.copy_, source)])
-    report("ceilings", tflops=2 * n**3 / product / 1e12, tb_per_s=8 * len(source) / copy / 1e12)
+    product, _ = bench_kernels.time_calls([partial(torch.mm, a, b)])
+    copy, _ = bench_kernels.time_calls([partial(target.copy_, source)])
+    write_row("ceilings", tflops=2 * n**3 / product / 1e12, tb_per_s=8 * len(source) / copy / 1e12)
 
 
-def step(name, off, report, model=MODEL):
-    """Train steps on noise under real masks: bench.py's row."""
-    row = dict(part="ablation", model=model, off=list(off), settings=SETTINGS, steps=STEPS, tflops=0.0)
-    found = bench.measure(row)
-    if found.get("peak_gb"):
-        found["peak_by_plan"] = found["peak_gb"] / found["planned_gb"]
-    report(name, model=model, off=list(off), **found)
-    if "failed" in found:
-        raise RuntimeError(found["failed"])
+def measure_step(part, off, write_row, preset=PRESET):
+    """Train steps on noise under real masks: a row of tools/bench.py, without the optimisations in `off`."""
+    row = dict(part="ablation", model=preset, off=list(off), settings=SETTINGS, steps=STEPS, tflops=0.0)
+    numbers = bench.measure_row(row)
+    if numbers.get("peak_gb"):
+        numbers["peak_by_plan"] = numbers["peak_gb"] / numbers["planned_gb"]
+    write_row(part, model=preset, off=list(off), **numbers)
+    if "failed" in numbers:
+        raise RuntimeError(numbers["failed"])
 
 
-def profile(folder, report):
-    """Where a step goes: its parts by marks in the GPU's queue, its kernels, and a trace in `folder`."""
-    cfg = config.load(model=MODEL, overrides=SETTINGS)
+def profile_step(folder, write_row):
+    """Where a step goes: its sections by marks in the GPU's queue, its kernels, and a trace in `folder`."""
+    cfg = config.load(model=PRESET, overrides=SETTINGS)
     device = dist.setup(cfg.speed.device)
     torch.backends.cuda.matmul.allow_tf32 = True
-    t = train.TrainState(cfg, device)
-    batch = [next(bench.noise(cfg, device))]
+    state = train.TrainState(cfg, device)
+    batch = [next(bench.noise_batches(cfg, device))]
     step_profile = StepProfile(folder, device)
     for number in range(StepProfile.WARM_UP + StepProfile.TIMED):
         if number == StepProfile.WARM_UP:
             step_profile.begin()
-        train.train_step(t, batch, compute_schedules(cfg, t.step), cfg)
-        t.step += 1
-    parts, whole = step_profile.end()
-    with torch.profiler.profile() as seen:
-        train.train_step(t, batch, compute_schedules(cfg, t.step), cfg)
+        train.train_step(state, batch, compute_schedules(cfg, state.step), cfg)
+        state.step += 1
+    sections, whole = step_profile.end()
+    with torch.profiler.profile() as trace:
+        train.train_step(state, batch, compute_schedules(cfg, state.step), cfg)
         if device.type == "cuda":
             torch.cuda.synchronize()
-    kernels = busiest(seen, device.type)
-    report("profile", step_ms=whole, parts_ms=parts, kernels=kernels[:25], kernels_in_all=len(kernels),
-           kernel_ms=sum(ms for _, _, ms in kernels))  # fmt: skip
-    seen.export_chrome_trace(str(folder / "step.json.gz"))
+    kernels = slowest_kernels(trace, device.type)
+    write_row("profile", step_ms=whole, parts_ms=sections, kernels=kernels[:25], kernels_in_all=len(kernels),
+              kernel_ms=sum(ms for _, _, ms in kernels))  # fmt: skip
+    trace.export_chrome_trace(str(folder / "step.json.gz"))
 
 
-def busiest(profile, device):
+def slowest_kernels(trace, device):
     """-> [name, how often, milliseconds] of every kernel (without a GPU: operator), the slowest first."""
     kernels = []
-    for event in profile.key_averages():
+    for event in trace.key_averages():
         if device == "cuda":
             on_device = event.device_type == torch.autograd.DeviceType.CUDA
             counts = on_device and not event.is_user_annotation
@@ -223,21 +232,22 @@ def busiest(profile, device):
     return sorted(kernels, key=lambda kernel: -kernel[2])
 
 
-def cifar10(source, report):
-    """150 seconds of training on photographs, and what k-NN makes of the features."""
+def train_cifar10(source, write_row):
+    """150 seconds of training on photographs, and the k-NN accuracy of the features."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = cifar_folder(source, Path(temporary))
+        run = Path(temporary, "run")
         sets = [f"train.dataset_path=folder:{folder}/train", f"evaluation.train_path=folder:{folder}/train",
                 f"evaluation.test_path=folder:{folder}/test"]  # fmt: skip
-        how = ["--model", "cifar10_gpu", "--max-minutes", "2.5"]
+        length = ["--model", "cifar10_gpu", "--max-minutes", "2.5"]
         if DRY:
-            how = ["--model", "debug", "optim.epochs=0.5", "optim.warmup_epochs=0.25", "evaluation.knn_k=2",
-                   "optim.freeze_last_layer_epochs=0", "evaluation.eval_period_iterations=0"]  # fmt: skip
-        run = Path(temporary, "run")
-        train.main([*how, "--output-dir", str(run), *sets])
+            length = ["--model", "debug", "optim.epochs=0.5", "optim.warmup_epochs=0.25",
+                      "optim.freeze_last_layer_epochs=0", "evaluation.eval_period_iterations=0",
+                      "evaluation.knn_k=2"]  # fmt: skip
+        train.main([*length, "--output-dir", str(run), *sets])
         result = json.loads((run / "result.json").read_text())
         metrics = (run / "metrics.jsonl").read_text().splitlines()
-        report("cifar10", **result, last_metrics=json.loads(metrics[-1]))
+        write_row("cifar10", **result, last_metrics=json.loads(metrics[-1]))
 
 
 def cifar_folder(source, temporary):
@@ -245,7 +255,7 @@ def cifar_folder(source, temporary):
     if DRY:
         for name, images in (("train/a", 8), ("train/b", 8), ("test/a", 2), ("test/b", 2)):
             (temporary / name).mkdir(parents=True)
-            bench.photographs(temporary / name, images)
+            bench.write_jpegs(temporary / name, images)
         return temporary
     if Path(source).is_dir():
         root = Path(source)
@@ -259,37 +269,43 @@ def cifar_folder(source, temporary):
     return found[0]
 
 
-Part = namedtuple("Part", "run estimate limit")  # seconds
+class Part(NamedTuple):
+    """Something to measure."""
+
+    run: Callable  # function of write_row(part, **row)
+    estimate: float  # seconds
+    limit: float  # seconds after which it is stopped
 
 
 def all_parts(extras, cifar=""):
     """Every part, the most valuable first. Estimates are guesses for an H100 with nothing compiled before."""
-    published = [name for name in PUBLISHED if name in bench.MEASURES]
+    published = [name for name in PUBLISHED if name in bench.OPTIMIZATIONS]
     parts = {
-        "ceilings": Part(ceilings, 10, 60),
-        "correct": Part(kernel_bench.correct, 65, 180),
-        "step on": Part(partial(step, "step on", ()), 60, 180),
-        "step off": Part(partial(step, "step off", bench.MEASURES), 25, 90),
-        "step published": Part(partial(step, "step published", published), 25, 90),
-        "attention": Part(partial(kernel_bench.attention, rows=kernel_bench.MULTI_CROP), 70, 240),
-        "profile": Part(partial(profile, extras), 40, 120),
+        "ceilings": Part(measure_ceilings, 10, 60),
+        "correct": Part(bench_kernels.run_correct, 65, 180),
+        "step on": Part(partial(measure_step, "step on", ()), 60, 180),
+        "step off": Part(partial(measure_step, "step off", bench.OPTIMIZATIONS), 25, 90),
+        "step published": Part(partial(measure_step, "step published", published), 25, 90),
+        "attention": Part(partial(bench_kernels.run_attention, cases=bench_kernels.MULTI_CROP), 70, 240),
+        "profile": Part(partial(profile_step, extras), 40, 120),
     }
-    for name in bench.MEASURES:
-        parts[f"without {name}"] = Part(partial(step, f"without {name}", (name,)), 40, 120)
-    parts["prototypes"] = Part(kernel_bench.prototypes, 40, 120)
-    for name, estimate in zip(SIZES, (35, 40, 45, 75)):
-        model = "debug" if DRY else name
-        parts[f"memory {name}"] = Part(partial(step, f"memory {name}", (), model=model), estimate, 150)
-    parts["1374"] = Part(partial(kernel_bench.attention, rows=kernel_bench.LONG, part="1374"), 90, 300)
-    parts["cifar10"] = Part(partial(cifar10, cifar), 200, 280)
-    parts["tiles"] = Part(kernel_bench.tiles, 60, 200)
+    for name in bench.OPTIMIZATIONS:
+        parts[f"without {name}"] = Part(partial(measure_step, f"without {name}", (name,)), 40, 120)
+    parts["prototypes"] = Part(bench_kernels.run_prototypes, 40, 120)
+    for name, estimate in (("vits14", 35), ("vitb14", 40), ("vitl14", 45), ("vitg14", 75)):
+        run = partial(measure_step, f"memory {name}", (), preset="debug" if DRY else name)
+        parts[f"memory {name}"] = Part(run, estimate, 150)
+    long_attention = partial(bench_kernels.run_attention, cases=bench_kernels.LONG, part="1374")
+    parts["1374"] = Part(long_attention, 90, 300)
+    parts["cifar10"] = Part(partial(train_cifar10, cifar), 200, 280)
+    parts["tiles"] = Part(bench_kernels.run_tiles, 60, 200)
     return parts
 
 
 # ---------------------------------------------------------------- running them
 
 
-def quietly(function, log):
+def with_output_in(log, function):
     """Call it with all output, that of its children too, appended to the file `log`."""
     target = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for stream in (sys.stdout, sys.stderr):
@@ -302,34 +318,35 @@ def quietly(function, log):
 
 
 def run_parts(parts, rows, log, deadline, done=()):
-    """One after the other -> {name: why it is not there}. Rows go to the file `rows`, the rest to `log`."""
-    remarks = {}
-    report = writer(rows, aloud=False)
+    """One after the other -> {name: why it is missing}. Rows go to the file `rows`, the rest to `log`."""
+    missing = {}
+    write_row = row_writer(rows, aloud=False)
     for name, part in parts.items():
         left = deadline - time.monotonic()
         if part.estimate > left:
-            remarks[name] = "out of time"
+            missing[name] = "out of time"
             continue
-        task = partial(quietly, partial(part.run, writer(rows)), log)
-        reason, seconds = forked({name: task}, limit=min(part.limit, left), leader=True)[name]
-        if reason:
-            remarks[name] = reason
-            report(name, failed=reason, seconds=seconds)
+        function = partial(with_output_in, log, partial(part.run, row_writer(rows)))
+        outcome = run_isolated({name: function}, limit=min(part.limit, left), own_group=True)[name]
+        if outcome.failure:
+            missing[name] = outcome.failure
+            write_row(name, failed=outcome.failure, seconds=outcome.seconds)
         else:
-            report(name, finished=True, seconds=seconds, estimate=part.estimate)
-        print(f"{name:28s}{seconds:6.1f} s   {reason}", flush=True)
-        use_ceilings([*done, *read([rows])])
-    return remarks
+            write_row(name, finished=True, seconds=outcome.seconds, estimate=part.estimate)
+        print(f"{name:28s}{outcome.seconds:6.1f} s   {outcome.failure}", flush=True)
+        use_measured_limits([*done, *read_rows([rows])])
+    return missing
 
 
-def use_ceilings(rows):
+def use_measured_limits(rows):
     """The floors of later parts are those that were measured on this card."""
     for row in rows:
-        if "tb_per_s" in row and kind(row["machine"]) == kind(rows[-1]["machine"]):
-            kernel_bench.CEILINGS.update(flops=row["tflops"] * 1e12, bytes=row["tb_per_s"] * 1e12)
+        if "tb_per_s" in row and card_name(row["machine"]) == card_name(rows[-1]["machine"]):
+            limits = dict(flops=row["tflops"] * 1e12, bytes=row["tb_per_s"] * 1e12)
+            bench_kernels.MEASURED_LIMITS.update(limits)
 
 
-def read(files):
+def read_rows(files):
     """Rows of several files, each with the row of its machine under "machine"."""
     rows = []
     for file in files:
@@ -345,18 +362,22 @@ def read(files):
     return rows
 
 
-def wanted(parts, only, skip, done):
+def select_parts(parts, only, skip, done):
     """Parts by their names, or first words, without those that `done` has finished."""
 
-    def chosen(name, words):
+    def named(name, words):
         return any(name == word or name.startswith(word + " ") for word in words)
 
     for word in (*only, *skip):
-        if not any(chosen(name, [word]) for name in parts):
+        if not any(named(name, [word]) for name in parts):
             raise UserError(f"there is no part {word}: take {', '.join(parts)}")
     finished = {row["part"] for row in done if row.get("finished")}
-    return {name: part for name, part in parts.items() if (not only or chosen(name, only))
-            and not chosen(name, skip) and name not in finished}  # fmt: skip
+    selected = {}
+    for name, part in parts.items():
+        asked_for = not only or named(name, only)
+        if asked_for and not named(name, skip) and name not in finished:
+            selected[name] = part
+    return selected
 
 
 def pack(folder, archive):
@@ -365,43 +386,50 @@ def pack(folder, archive):
         return
     with tarfile.open(archive, "w:gz") as tar:
         for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_size):
-            if archive.stat().st_size + path.stat().st_size < LIMIT:
+            if archive.stat().st_size + path.stat().st_size < MAX_FILE_BYTES:
                 tar.add(path, path.name)
 
 
 def shorten(file):
     """Keep the end of a log that has become too long."""
-    if file.exists() and file.stat().st_size > LIMIT:
-        file.write_bytes(file.read_bytes()[-LIMIT:])
+    if file.exists() and file.stat().st_size > MAX_FILE_BYTES:
+        file.write_bytes(file.read_bytes()[-MAX_FILE_BYTES:])
 
 
-# ---------------------------------------------------------------- what came out
+# ---------------------------------------------------------------- predicted and measured
 
 
-def kind(machine):
-    """H100, H200, or the name of the card."""
-    name = (machine.get("gpus") or ["no GPU"])[0]
-    return next((kind for kind in ("H200", "H100") if kind in name), name)
+def card_name(machine):
+    """H100, H200, or the full name of the card."""
+    gpus = machine.get("gpus")
+    name = gpus[0] if gpus else "no GPU"
+    return next((short for short in ("H200", "H100") if short in name), name)
+
+
+def rows_of_card(rows, card):
+    return [row for row in rows if card_name(row["machine"]) == card]
 
 
 def with_derived(rows):
-    """The rows of one card, steps with their times_as_long, and what several rows say together."""
+    """The rows of one card, steps with their times_as_long, and the numbers that follow from several rows."""
     steps = [row["step_ms"] for row in rows if row["part"] == "step on" and "step_ms" in row]
     errors = [row["worst_error_in_eps"] for row in rows if "worst_error_in_eps" in row]
     tiles = [row for row in rows if row["part"] == "tiles" and "both_ms" in row]
     shipped = [row["both_ms"] for row in tiles if row["shipped"]]
-    found = []
+    derived = []
     for row in rows:
-        ratio = dict(times_as_long=row["step_ms"] / steps[-1]) if steps and "step_ms" in row else {}
-        found.append(row | ratio)
+        if steps and "step_ms" in row:
+            row = row | dict(times_as_long=row["step_ms"] / steps[-1])
+        derived.append(row)
     if errors:
-        found.append(dict(part="correct", worst_error_in_eps=max(errors)))
+        derived.append(dict(part="correct", worst_error_in_eps=max(errors)))
     if shipped:
-        found.append(dict(part="tiles", best_by_shipped=min(row["both_ms"] for row in tiles) / min(shipped)))
-    return found
+        fastest = min(row["both_ms"] for row in tiles)
+        derived.append(dict(part="tiles", best_by_shipped=fastest / min(shipped)))
+    return derived
 
 
-def measured(prediction, rows):
+def measured_value(prediction, rows):
     """The number that a prediction is about, the newest if there are several; or None."""
     part, _, name = prediction.where.partition("/")
     for row in reversed(rows):
@@ -414,30 +442,31 @@ def measured(prediction, rows):
     return None
 
 
-def predictions():
-    """Those whose part exists: a measure that bench.py has dropped needs none."""
+def current_predictions():
+    """Those whose part exists: an optimisation that tools/bench.py has dropped needs none."""
     parts = all_parts(None)
-    return {what: p for what, p in PREDICTIONS.items() if p.where.partition("/")[0] in parts}
+    return {name: p for name, p in PREDICTIONS.items() if p.where.partition("/")[0] in parts}
 
 
-def summary(rows, remarks):
+def summary(rows, missing):
     """The short table: predicted, measured, and what is missing."""
-    card = kind(rows[-1]["machine"]) if rows else "no GPU"
-    rows = [row for row in rows if kind(row["machine"]) == card]
-    lines = [*machines(rows), ""]
-    lines += [
-        f"| what | predicted for {'H200' if card == 'H200' else 'H100'} | measured | |",
-        "|---|--:|--:|--:|",
-    ]
+    card = card_name(rows[-1]["machine"]) if rows else "no GPU"
+    predicted_card = "H200" if card == "H200" else "H100"
+    rows = rows_of_card(rows, card)
+    lines = [*machine_lines(rows), ""]
+    lines.append(f"| what | predicted for {predicted_card} | measured | |")
+    lines.append("|---|--:|--:|--:|")
     rows = with_derived(rows)
-    for what, p in predictions().items():
-        predicted = p.h200 if card == "H200" else p.h100
-        value = measured(p, rows)
-        cells = ["not measured", ""]
+    for name, prediction in current_predictions().items():
+        predicted = prediction.h200 if card == "H200" else prediction.h100
+        value = measured_value(prediction, rows)
+        measured = "not measured"
+        ratio = ""
         if value is not None:
-            cells = [p.form.format(value), f"x {value / predicted:.2f}"]
-        lines.append(f"| {what} | {p.form.format(predicted)} | {' | '.join(cells)} |")
-    lines += ["", *(f"{name}: not measured: {reason[:120]}" for name, reason in remarks.items())]
+            measured = prediction.form.format(value)
+            ratio = f"x {value / predicted:.2f}"
+        lines.append(f"| {name} | {prediction.form.format(predicted)} | {measured} | {ratio} |")
+    lines += ["", *(f"{name}: not measured: {reason[:120]}" for name, reason in missing.items())]
     if DRY:
         lines.append("No GPU here: this was a miniature, and its numbers mean nothing.")
     return "\n".join(lines)
@@ -446,43 +475,44 @@ def summary(rows, remarks):
 # ---------------------------------------------------------------- into the documents
 
 
-def newest(rows):
+def newest_rows(rows):
     """The last number of each row on each kind of card; what failed is left out."""
-    found = {}
+    newest = {}
     for row in rows:
         if "failed" not in row and "finished" not in row and "gpus" not in row:
-            found[kind(row["machine"]), row["part"], row.get("row")] = row
-    return list(found.values())
+            newest[card_name(row["machine"]), row["part"], row.get("row")] = row
+    return list(newest.values())
 
 
-def machines(rows):
+def machine_lines(rows):
     """One line for each machine that a table comes from."""
-    return list(dict.fromkeys(about(row["machine"]) + "." for row in rows if row["machine"]))
+    return list(dict.fromkeys(machine_line(row["machine"]) + "." for row in rows if row["machine"]))
 
 
 def log_text(rows):
     """LOG.md: predicted beside measured, for each kind of card."""
-    cards = list(dict.fromkeys(["H100", "H200"] + [kind(row["machine"]) for row in rows]))
-    found = {card: with_derived([row for row in rows if kind(row["machine"]) == card]) for card in cards}
+    cards = list(dict.fromkeys(["H100", "H200"] + [card_name(row["machine"]) for row in rows]))
+    rows_by_card = {card: with_derived(rows_of_card(rows, card)) for card in cards}
     head = [f"{card}: predicted | measured" for card in cards]
     lines = [f"| what | {' | '.join(head)} | why |", "|---" + "|--:" * 2 * len(cards) + "|---|"]
-    for what, p in predictions().items():
-        cells = []
+    for name, prediction in current_predictions().items():
+        predicted = dict(H100=prediction.h100, H200=prediction.h200)
+        cells = [name]
         for card in cards:
-            expected = dict(H100=p.h100, H200=p.h200).get(card)
-            cells += [cell(p.form, expected), cell(p.form, measured(p, found[card]))]
-        lines.append(f"| {what} | {' | '.join(cells)} | {p.why} |")
-    return "\n".join([*(machines(rows) or ["Not measured."]), "", *lines])
+            cells.append(format_cell(prediction.form, predicted.get(card)))
+            cells.append(format_cell(prediction.form, measured_value(prediction, rows_by_card[card])))
+        lines.append(f"| {' | '.join(cells)} | {prediction.why} |")
+    return "\n".join([*(machine_lines(rows) or ["Not measured."]), "", *lines])
 
 
 def kernel_text(rows):
     """kernels/README.md: the tables of attention and of the losses, for each card."""
     texts = []
-    for card in dict.fromkeys(kind(row["machine"]) for row in rows):
-        mine = [row for row in rows if kind(row["machine"]) == card]
-        tables = kernel_bench.markdown(mine).strip()
+    for card in dict.fromkeys(card_name(row["machine"]) for row in rows):
+        here = rows_of_card(rows, card)
+        tables = bench_kernels.kernel_tables(here).strip()
         if tables:
-            texts += [*machines(mine), "", tables, ""]
+            texts += [*machine_lines(here), "", tables, ""]
     return "\n".join(texts).strip() or "On a GPU: **not measured** yet."
 
 
@@ -494,42 +524,47 @@ def readme_text(rows):
     lines = ["| one GPU | preset | images per step | images/s | MFU | peak memory, GB |"]
     lines.append("|---|---" + "|--:" * 4 + "|")
     for row in steps:
-        cells = [kind(row["machine"]), row["model"], row["batch"], cell("{:.0f}", row["images_per_second"])]
-        cells += [cell("{:.0%}", row["mfu"]), cell("{:.0f}", row["peak_gb"])]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(["How fast a GPU trains, on noise under real masks:", "", *lines, "", *machines(steps)])
+        rate = format_cell("{:.0f}", row["images_per_second"])
+        mfu = format_cell("{:.0%}", row["mfu"])
+        peak = format_cell("{:.0f}", row["peak_gb"])
+        card = card_name(row["machine"])
+        lines.append(f"| {card} | {row['model']} | {row['batch']} | {rate} | {mfu} | {peak} |")
+    return "\n".join(
+        ["How fast a GPU trains, on noise under real masks:", "", *lines, "", *machine_lines(steps)]
+    )
 
 
-def cell(form, value):
+def format_cell(form, value):
     """A number for a table, empty if there is none."""
     return "" if value is None else form.format(value)
 
 
 DOCUMENTS = {"LOG.md": log_text, "README.md": readme_text, "kernels/README.md": kernel_text}
+MARKS = re.compile(r"(<!-- gpu: \w+ -->\n).*?(<!-- end gpu -->)", re.S)
 
 
-def documents(files):
+def updated_documents(files):
     """-> {path: its text with the tables of these files between the marks}."""
     for file in files:
         if not Path(file).exists() and "*" not in str(file):
             raise UserError(f"there is no {file}")
-    rows = newest(read(files))
-    texts = {}
-    marks = re.compile(r"(<!-- gpu: \w+ -->\n).*?(<!-- end gpu -->)", re.S)
+    rows = newest_rows(read_rows(files))
     if any(row["machine"].get("dry") for row in rows):
         raise UserError("these are numbers of a dry run: they are not for documents")
-    for name, make in DOCUMENTS.items():
+    texts = {}
+    for name, make_text in DOCUMENTS.items():
         text = (ROOT / name).read_text()
-        table = make(rows)
-        if len(marks.findall(text)) != 1:
+        if len(MARKS.findall(text)) != 1:
             raise UserError(f"{name} needs one pair of marks <!-- gpu: ... --> and <!-- end gpu -->")
-        texts[ROOT / name] = marks.sub(lambda m, table=table: m[1] + table + "\n" + m[2], text)
+        before, begin_mark, end_mark, after = MARKS.split(text)
+        texts[ROOT / name] = before + begin_mark + make_text(rows) + "\n" + end_mark + after
     return texts
 
 
-def arguments(argv):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--budget", type=float, default=540, help="seconds in all")
     add("--out", default="runs/gpu", help="the folder of gpu.jsonl, gpu.log and gpu.tar.gz")
@@ -537,41 +572,47 @@ def arguments(argv):
     add("--skip", default="", help="parts, with commas")
     add("--done", default="", help="rows of an earlier call (default: those in --out): no part is run twice")
     add("--cifar", default="", help="CIFAR-10 as a folder of train/CLASS/*.jpg and test/, or as a .tar.xz")
-    add("--commit", default="", help="what is measured, where there is no git to ask")
+    add("--commit", default="", help="the commit that is measured, where there is no git to ask")
     add("--write", nargs="*", metavar="FILE", help="put the rows of these files into the documents")
     return parser.parse_args(argv)
 
 
+def split_words(text):
+    return [word for word in text.split(",") if word]
+
+
 def main(argv=None):
-    args = arguments(argv)
+    args = parse_args(argv)
     if args.write is not None:
-        for path, text in documents(args.write).items():
+        for path, text in updated_documents(args.write).items():
             path.write_text(text)
-        return
+        return 0
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows, log = out / "gpu.jsonl", out / "gpu.log"
+    rows = out / "gpu.jsonl"
+    log = out / "gpu.log"
     extras = Path(tempfile.mkdtemp())
-    done = read([args.done or rows])
-    split = [[word for word in text.split(",") if word] for text in (args.only, args.skip)]
-    parts = wanted(all_parts(extras, args.cifar), *split, done)
+    done = read_rows([args.done or rows])
+    parts = select_parts(all_parts(extras, args.cifar), split_words(args.only), split_words(args.skip), done)
+    finished = list(dict.fromkeys(row["part"] for row in done if row.get("finished")))
     if parts.keys() != all_parts(None).keys() and done:
-        print("done before: " + ", ".join(dict.fromkeys(row["part"] for row in done if row.get("finished"))))
-    remarks = {}
+        print("done before: " + ", ".join(finished))
+    missing = {}
     if not (args.cifar or DRY) and parts.pop("cifar10", None):
-        remarks["cifar10"] = "it needs --cifar"
-    first = {"machine": Part(partial(kernel_bench.machine, commit=args.commit), 0, 60)}
+        missing["cifar10"] = "it needs --cifar"
+    machine = {"machine": Part(partial(bench_kernels.write_machine, commit=args.commit), 0, 60)}
     deadline = BEGAN + args.budget
-    remarks |= run_parts(first, rows, log, deadline)
-    if not DRY and any(row.get("gpus") == [] for row in read([rows])):
+    missing |= run_parts(machine, rows, log, deadline)
+    if not DRY and any(row.get("gpus") == [] for row in read_rows([rows])):
         raise UserError(f"nvidia-smi sees a GPU, PyTorch does not: {log} may say why")
-    remarks |= run_parts(parts, rows, log, deadline, done)
+    missing |= run_parts(parts, rows, log, deadline, done)
     with suppress(OSError, tarfile.TarError):  # nothing may keep the table from being printed
         pack(extras, out / "gpu.tar.gz")
         shorten(log)
     shutil.rmtree(extras, ignore_errors=True)
-    print("\n" + summary((done if args.done else []) + read([rows]), remarks), flush=True)
-    return int(any(reason != "out of time" for reason in remarks.values()))
+    earlier = done if args.done else []
+    print("\n" + summary(earlier + read_rows([rows]), missing), flush=True)
+    return 0 if all(reason == "out of time" for reason in missing.values()) else 1
 
 
 if __name__ == "__main__":

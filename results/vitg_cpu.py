@@ -16,59 +16,80 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import config  # noqa: E402
-import model
-import train
-from optim import compute_schedules
+import model  # noqa: E402
+import train  # noqa: E402
+from optim import compute_schedules  # noqa: E402
 
 
-def build(cfg):
+def meta_model(cfg):
+    """Student-shaped, without memory for its parameters."""
     with torch.device("meta"):
         return model.DINOv2(cfg)
 
 
+def num_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count(cfg):
+    vitg = meta_model(cfg)
+    total = num_parameters(vitg)
+    backbone = num_parameters(vitg.backbone)
+    return f"{total:,} parameters, {backbone:,} of them in the backbone (224-pixel positions)"
+
+
 def forward(cfg):
-    g = build(cfg).backbone.to(torch.bfloat16).to_empty(device="cpu").eval()
+    backbone = meta_model(cfg).backbone.to(torch.bfloat16).to_empty(device="cpu").eval()
     with torch.no_grad():
-        for parameter in g.parameters():  # any numbers will do
+        for parameter in backbone.parameters():  # any numbers will do
             parameter.normal_(std=0.02)
-        tokens = g(torch.randn(1, 3, 224, 224, dtype=torch.bfloat16))
+        tokens = backbone(torch.randn(1, 3, 224, 224, dtype=torch.bfloat16))
     assert torch.isfinite(tokens.cls).all()
-    shapes = tuple(tokens.cls.shape), tuple(tokens.patches.shape)
-    return f"{len(g.blocks)} blocks, bf16, one image: [CLS] {shapes[0]}, patches {shapes[1]}"
+    cls = tuple(tokens.cls.shape)
+    patches = tuple(tokens.patches.shape)
+    return f"{len(backbone.blocks)} blocks, bf16, one image: [CLS] {cls}, patches {patches}"
 
 
 def backward(cfg, blocks):
     model.SIZES["vit_giant2"]["depth"] = blocks
-    cfg.train.batch_size_per_gpu, cfg.train.num_workers, cfg.compute_precision.dtype = 1, 0, "fp32"
+    cfg.train.batch_size_per_gpu = 1
+    cfg.train.num_workers = 0
     cfg.train.dataset_path = "scenes:10:size=224"
-    t = train.TrainState(cfg)
+    cfg.compute_precision.dtype = "fp32"
+    state = train.TrainState(cfg)
     batch = next(train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu"))
-    metrics = train.train_step(t, [batch], compute_schedules(cfg, 0), cfg)
-    size = sum(p.numel() for p in t.student.parameters())
-    loss, norm = metrics["loss"].item(), metrics["grad_backbone"].item()
+    metrics = train.train_step(state, [batch], compute_schedules(cfg, 0), cfg)
+    size = num_parameters(state.student)
+    loss = metrics["loss"].item()
+    norm = metrics["grad_backbone"].item()
     return (f"a train_step of one image through {blocks} blocks ({size:,} parameters with heads), fp32: "
             f"loss {loss:.3f}, gradient {norm:.3f}")  # fmt: skip
 
 
-def main(task, blocks):
-    cfg, began = config.load(model="vitg14"), time.monotonic()
+def run_task(task, blocks):
+    cfg = config.load(model="vitg14")
+    began = time.monotonic()
     if task == "count":
-        g = build(cfg)
-        counts = [sum(p.numel() for p in m.parameters()) for m in (g, g.backbone)]
-        said = f"{counts[0]:,} parameters, {counts[1]:,} of them in the backbone (224-pixel positions)"
+        line = count(cfg)
+    elif task == "forward":
+        line = forward(cfg)
     else:
-        said = forward(cfg) if task == "forward" else backward(cfg, blocks)
+        line = backward(cfg, blocks)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{said}; {time.monotonic() - began:.0f} s, peak {peak:.1f} GiB", flush=True)
+    print(f"{line}; {time.monotonic() - began:.0f} s, peak {peak:.1f} GiB", flush=True)
+
+
+def main(blocks):
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {threads} threads, {os.cpu_count()} cores", flush=True)
+    for task in ("count", "forward", "backward"):
+        subprocess.run([sys.executable, __file__, "--task", task, str(blocks)], check=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--task"]:
-        main(sys.argv[2], int(sys.argv[3]))
+        run_task(sys.argv[2], int(sys.argv[3]))
     else:
-        threads = torch.get_num_threads()
-        print(f"torch {torch.__version__}, {threads} threads, {os.cpu_count()} cores", flush=True)
-        for task in ("count", "forward", "backward"):
-            subprocess.run([sys.executable, __file__, "--task", task, (sys.argv[1:] or ["4"])[0]], check=True)
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 4)

@@ -19,7 +19,8 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-torch.set_num_threads(2)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
@@ -70,12 +71,13 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def nursery(tmp_path_factory):
-    from nursery import Nursery
+def forkserver(tmp_path_factory):
+    """Starts runs without the seconds that importing torch takes."""
+    from forkserver import ForkServer
 
-    nursery = Nursery(tmp_path_factory.mktemp("nursery") / "log")
-    yield nursery
-    nursery.close()
+    server = ForkServer(tmp_path_factory.mktemp("forkserver") / "log")
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ FULL = """
 import resource, sys, time, torch, checkpoint
 from config import UserError
 from pathlib import Path
-folder, writer, big = Path(sys.argv[1]), checkpoint.Writer(), {"x": torch.zeros(100_000)}
+folder, writer, big = Path(sys.argv[1]), checkpoint.CheckpointWriter(), {"x": torch.zeros(100_000)}
 writer.start(folder, 1, {"x": torch.zeros(10)})
 assert writer.wait() and not writer.failed()
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -176,7 +176,7 @@ for state, teacher in ((big, None), ({"x": torch.zeros(10)}, (folder / "teacher.
         writer.wait()
     except UserError as e:
         print(e)
-checkpoint.restore(checkpoint.newest(sys.argv[1]), {"x": torch.ones(10)})
+checkpoint.load_checkpoint(checkpoint.newest_intact(sys.argv[1]), {"x": torch.ones(10)})
 """
 
 
@@ -199,7 +199,7 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
 LOOP = """
 import sys, torch, checkpoint
 torch.set_num_threads(1)
-writer = checkpoint.Writer()
+writer = checkpoint.CheckpointWriter()
 for step in range(1, 10_000):
     state = {"x": torch.full((300_000,), float(step)), "step": step}
     writer.start(sys.argv[1], step, state, keep_last=2)
@@ -233,21 +233,21 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 def main():
     mode, folder, x = sys.argv[1], sys.argv[2], torch.arange(12.).reshape(6, 2)
-    distributed.init("cpu")
+    distributed.setup("cpu")
     if mode == "save":
         mesh = init_device_mesh("cpu", (2,))
         state = {"whole": x.clone(), "sharded": distribute_tensor(x, mesh, [Shard(0)]), "step": 5}
-        writer = checkpoint.Writer()
+        writer = checkpoint.CheckpointWriter()
         writer.start(folder, 5, state, {"ranks": distributed.world_size()})
         path = writer.wait()
-        assert checkpoint.newest(folder) == path
+        assert checkpoint.newest_intact(folder) == path
     state = {"whole": torch.zeros(6, 2), "sharded": torch.zeros(6, 2), "step": 0}
-    meta = checkpoint.restore(checkpoint.newest(folder), state)
+    meta = checkpoint.load_checkpoint(checkpoint.newest_intact(folder), state)
     assert torch.equal(state["whole"], x) and torch.equal(state["sharded"], x)
     assert state["step"] == 5 and meta["ranks"] == 2
-    distributed.end()
+    distributed.cleanup()
     if mode == "load":
-        checkpoint.restore(checkpoint.newest(folder), {"whole": torch.zeros(7, 2)})
+        checkpoint.load_checkpoint(checkpoint.newest_intact(folder), {"whole": torch.zeros(7, 2)})
 
 config.run(main)
 """

@@ -3,13 +3,20 @@
 import dataclasses
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import torch
 import yaml
 
 import config
-from config import UserError
+from config import Count, Pattern, UserError
+from eval_knn import KNNEvaluator
+from model import DINOv2
+from optim import compute_schedules, make_optimizer, total_steps
+from train import Logits, compute_losses
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
@@ -87,7 +94,8 @@ def test_the_authors_files_load_unchanged_with_one_warning(theirs, tmp_path, cap
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and warning.startswith("warning: ")
     told = set(warning.strip().split("ignored: ")[1].split(", "))
-    ours, defaults = resolved(cfg), resolved(config.Config())
+    ours = resolved(cfg)
+    defaults = resolved(config.Config())
     dead = set()
     for section, content in theirs.items():
         for key, value in content.items():
@@ -115,10 +123,11 @@ def test_our_defaults_are_the_published_ones_and_have_no_warning(tmp_path, capsy
 
 @pytest.mark.parametrize("theirs, model", [(LONG, "vitl14"), (GIANT, "vitg14")])
 def test_our_long_recipes_differ_from_theirs_only_by_the_registers(theirs, model, tmp_path):
-    a, b = resolved(config.load(written(tmp_path, theirs))), resolved(config.load(model=model))
-    different = {f"{s}.{k}" for s in a for k in a[s] if a[s][k] != b[s][k]}
+    published = config.load(written(tmp_path, theirs))
+    ours = config.load(model=model)
+    different = {name for name in config.KINDS if attrgetter(name)(published) != attrgetter(name)(ours)}
     registers = {"num_register_tokens", "interpolate_antialias", "interpolate_offset"}
-    assert different == {f"student.{k}" for k in registers} | {"train.dataset_path"}
+    assert different == {f"student.{key}" for key in registers} | {"train.dataset_path"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -192,7 +201,9 @@ WRONG = [  # setting, words of the sentence
     ("crops.jitter=3", "4 numbers"),
     ("crops.blur=no", "one of as_executed, as_written"),
     ("crops.local_crops_scale=[0.1, x]", "from 0 to 1"),
-    ("student.qkv_bias=false", "always have that bias"),
+    ("student.qkv_bias=false", "student.qkv_bias is False, but only True is implemented: remove the line"),
+    ("optim.scaling_rule=linear_wrt_256", "only 'sqrt_wrt_1024' is implemented: remove the line"),
+    ("crops.blur=[0, 2, 1]", "one of as_executed, as_written, or a number from 0 to 1"),
     ("crops.global_crops_size=225", "no multiple of student.patch_size 16"),
     ("crops.local_crops_size=100", "no multiple of student.patch_size 16"),
     ("dino.koleo_group=48", "dino.koleo_group 48 must divide train.batch_size_per_gpu 64"),
@@ -244,6 +255,90 @@ def test_missing_files_and_models(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         config.load(tmp_path / "latin.yaml")
     assert resolved(config.load(written(tmp_path, ""))) == resolved(config.Config())
+
+
+class Pizza:
+    """A class of sections of its own."""
+
+    class dough:
+        grams: Count = 250
+        water: Annotated[str, Pattern(r"\d+%", "a percentage such as 65%")] | Count = "65%"
+
+    def __init__(self):
+        config.fill_sections(self)
+
+
+def test_any_class_of_sections_is_read_by_the_same_rules():
+    pizza = Pizza()
+    config.assign(pizza, config.read_values(None, "dough.grams=3e2", "dough.water=70%", "dough.grams=200"))
+    assert (pizza.dough.grams, pizza.dough.water) == (200, "70%")
+    config.assign(pizza, {"dough.water": 150})
+    assert pizza.dough.water == 150
+    assert (Pizza().dough.grams, Pizza().dough.water) == (250, "65%")
+    with pytest.raises(UserError, match="no setting dough.gram .given as 1.; the nearest is dough.grams"):
+        config.assign(pizza, {"dough.gram": 1})
+    with pytest.raises(UserError, match="dough.water is '7%%', but must be a percentage such as 65%, or a "):
+        config.assign(pizza, {"dough.water": "7%%"})
+
+
+# ---------------------------------------------------------------- settings that no recipe changes, at work
+
+
+def laptop(*overrides):
+    return config.load(model="laptop", overrides=overrides)
+
+
+def test_heads_have_as_many_layers_as_they_are_told():
+    model = DINOv2(laptop("dino.head_nlayers=1", "ibot.separate_head=true", "ibot.head_nlayers=2"))
+    layers = [type(layer).__name__ for layer in model.ibot_head.mlp]
+    assert layers == ["Linear", "GELU", "Linear"]
+    assert isinstance(model.dino_head.mlp, torch.nn.Linear)
+
+
+def test_drop_path_may_grow_from_block_to_block():
+    cfg = laptop("student.drop_path_uniform=false")
+    rates = [block.drop_path_rate for block in DINOv2(cfg, drop_path_rate=0.3).backbone.blocks]
+    assert rates[0] == 0 and rates[-1] == 0.3 and rates == sorted(set(rates))
+
+
+def test_adamw_gets_its_betas():
+    cfg = laptop("optim.adamw_beta1=0.8", "optim.adamw_beta2=0.95")
+    assert make_optimizer(DINOv2(cfg), cfg).defaults["betas"] == (0.8, 0.95)
+
+
+def test_learning_rate_and_weight_decay_end_where_they_are_told():
+    cfg = laptop("optim.min_lr=3e-5", "optim.weight_decay=0.07", "optim.weight_decay_end=0.2")
+    assert compute_schedules(cfg, 0)["weight_decay"] == pytest.approx(0.07)
+    end = compute_schedules(cfg, total_steps(cfg))
+    assert (end["lr"], end["weight_decay"]) == (3e-5, 0.2)
+
+
+def test_the_student_s_temperature_divides_its_logits():
+    logits = torch.randn(2, 4, 8)
+    targets = Logits(torch.randn(2, 4, 8).softmax(-1), None, None, None)
+    losses = []
+    for temperature in (0.1, 0.2):
+        cfg = laptop(f"dino.student_temp={temperature}", "dino.koleo_loss_weight=0")
+        student = Logits(logits * temperature, None, None, None)
+        losses.append(compute_losses(student, targets, dict(masks=None), cfg)["loss_dino_global"])
+    assert torch.allclose(*losses) and losses[0] > 0
+
+
+def test_knn_uses_its_number_of_neighbours_and_its_batch_size():
+    """An image that is in the bank is its own nearest neighbour; all images together outvote it."""
+    images = ["evaluation.train_path=scenes:40", "evaluation.test_path=scenes:40", "train.num_workers=0"]
+    cfg = laptop(*images, "evaluation.batch_size=7")
+    torch.manual_seed(0)
+    backbone = DINOv2(cfg).backbone
+    batch_sizes = []
+    backbone.register_forward_pre_hook(lambda module, inputs: batch_sizes.append(len(inputs[0])))
+    accuracy = {}
+    for k in (1, 40):
+        cfg.evaluation.knn_k = k
+        evaluator = KNNEvaluator(cfg)
+        accuracy[k] = evaluator.accuracy(backbone, evaluator.sets)
+    assert accuracy[1] == 1 > accuracy[40]
+    assert max(batch_sizes) == 7
 
 
 def test_local_crops_of_any_size_where_there_are_none():

@@ -307,8 +307,8 @@ def test_an_epoch_shows_every_image_once(tmp_path):
     crops.name = read.append
     for i in range(30):
         crops.cache.clear()
-        crops.fetch(i, [])
-        read.append(int(crops.at[0]))
+        crops.load_sample(i, [])
+        read.append(int(crops.reading[0]))
     epochs = [read[k : k + 10] for k in (0, 10, 20)]
     assert all(sorted(x) == list(range(10)) for x in epochs) and epochs[0] != epochs[1]
 
@@ -451,7 +451,7 @@ def hang():
 
 @pytest.mark.parametrize("how,workers", [(divide, 0), (divide, 2), (die, 2), (hang, 2)])
 def test_errors_name_the_image(how, workers, monkeypatch):
-    monkeypatch.setattr(data, "TIMEOUT", 1)
+    monkeypatch.setattr(data, "LOADER_TIMEOUT", 1)
     start = time.monotonic()
     said = failure(3, settings(f"train.num_workers={workers}"), Broken(how))
     cause = {divide: "ZeroDivisionError", die: "signal|exited", hang: "timed out"}[how]
@@ -462,7 +462,7 @@ def test_errors_name_the_image(how, workers, monkeypatch):
 def test_small_images_stay_decoded(tmp_path):
     crops = MultiCropDataset(folder_of(tmp_path, 4), settings())
     first = crops[0, 0]
-    assert len(crops.cache) == 4 and crops.room == 2**28 - 4 * 40 * 30 * 3
+    assert len(crops.cache) == 4 and crops.cache_room == data.CACHE_BYTES - 4 * 40 * 30 * 3
     again = crops[0, 0]
     assert all(torch.equal(a, b) for a, b in zip(first["views"], again["views"]))
 
@@ -500,7 +500,7 @@ def test_the_next_batch_travels_beside_the_step(monkeypatch):
     streams = Streams()
     monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
     real = data.to_device
-    monkeypatch.setattr(data, "on_device",
+    monkeypatch.setattr(data, "to_device",
                         lambda *a: streams.said.append(f"load on {streams.on}") or real(*a))  # fmt: skip
     loader = data.make_loader(config.load(model="debug"), sources.open_source("scenes:20"), "cpu")
     waits = ["main waits for side", "side waits for main"]
@@ -512,16 +512,16 @@ def test_the_next_batch_travels_beside_the_step(monkeypatch):
 
 def test_a_loader_that_has_failed_is_not_asked_again(monkeypatch):
     """It reads ahead, so an error waits for its turn; after a kill, other workers may be in mid-message."""
-    asked, real = itertools.count(1), data.next_batch
+    asked, real = itertools.count(1), data.batch_or_error
 
     def read(*args):
         n = next(asked)
         assert n < 4, "asked again"
         if n == 3:
-            raise UserError("a worker is dead")
+            return UserError("a worker is dead")
         return real(*args)
 
-    monkeypatch.setattr(data, "read", read)
+    monkeypatch.setattr(data, "batch_or_error", read)
     loader = make_loader(config.load(model="debug"), open_source("scenes:20"), "cpu")
     assert len([next(loader), next(loader)]) == 2
     with pytest.raises(UserError, match="dead"):

@@ -35,27 +35,27 @@ TWO = """
 import os, signal, sys, time, torch, config, distributed, runfolder
 
 def main():
-    distributed.init("cpu")
+    distributed.setup("cpu")
     r = distributed.rank()
     assert distributed.world_size() == 2
     assert distributed.all_reduce(torch.tensor([1.0 + r])).item() == 3
     assert distributed.all_reduce(torch.tensor([1.0 + r]), "max").item() == 2
-    assert distributed.tally(2, r == 1, False) == [4, 1, 0]
-    assert distributed.from_first(f"rank {r}") == "rank 0"
+    assert distributed.all_reduce_ints(2, r == 1, False) == [4, 1, 0]
+    assert distributed.broadcast_object(f"rank {r}") == "rank 0"
     # names chosen on each rank may differ: rank 0's counts
     run = runfolder.RunFolder(f"{sys.argv[1]}/run{r}", config.Config().to_yaml())
     assert run.path.name == "run0"
-    run.watch_signals()
+    run.install_signal_handlers()
     run.log({"step": r})
     if r == 1:  # one rank is told to stop, all know
         os.kill(os.getpid(), signal.SIGTERM)
-    assert distributed.tally(bool(run.stop_requested)) == [1]
+    assert distributed.all_reduce_ints(bool(run.stop_requested)) == [1]
     run.close()
     try:
         runfolder.RunFolder(sys.argv[1], "")  # has a stranger in it: all ranks refuse, none waits
         return 70
     except config.UserError:
-        distributed.end()
+        distributed.cleanup()
         return 0
 
 config.run(main)

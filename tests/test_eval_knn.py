@@ -13,7 +13,6 @@ from test_model import close
 import eval_knn
 from config import UserError
 from eval_knn import calibration, knn_accuracy, knn_predict, knn_scores, majority_accuracy
-from evals.neighbours import reliability_plot
 from model import VisionTransformer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -67,47 +66,45 @@ def test_calibration_of_the_honest_and_of_the_liar():
     assert calibration(sure, heads)[1][-1] == (1.0, 0.5, 100)  # 1.0 lies in the last bin, not behind it
 
 
-def test_the_plot_shows_the_bars():
-    """Dark pixels as high as the accuracy of a bin; nothing in an empty one."""
-    error, table = calibration(
-        torch.tensor([0.95] * 8 + [0.55] * 8), torch.tensor([True] * 8 + [False, True] * 4)
-    )
-    plot = np.array(reliability_plot(error, table).convert("RGB")).astype(int)
-    columns = [plot[34:394, round(62 + (b + 0.2) * 36)] for b in range(10)]  # beside the number over the bar
-    high = [int((c[:, 2] - c[:, 0] > 20).sum()) for c in columns]
-    assert high[9] == pytest.approx(360, abs=8) and high[5] == pytest.approx(180, abs=8) and high[2] == 0
+def make_color_sets(folder):
+    """Images of two flat colours, a network that tells them apart, and two photos, one of them broken.
 
-
-def test_predict_names_class_share_and_neighbours(tmp_path, monkeypatch, capsys):
-    """Flat colours are told apart even by a random network; what cannot be read is left out and named."""
-    for kind, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+    -> the arguments that name network and sets, and the paths of the photos.
+    """
+    for kind, color in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
         for split in ("train", "test"):
-            (tmp_path / split / kind).mkdir(parents=True)
+            (folder / split / kind).mkdir(parents=True)
             for i in range(6):
-                Image.new("RGB", (40, 30), tuple(c + 4 * i for c in colour)).save(
-                    tmp_path / split / kind / f"{i}.png"
-                )
-    (tmp_path / "train" / "red" / "0.png").write_bytes(b"broken")
-    Image.new("RGB", (33, 60), (35, 33, 210)).save(tmp_path / "new.png")
-    (tmp_path / "bad.png").write_bytes(b"broken")
+                shade = tuple(channel + 4 * i for channel in color)
+                Image.new("RGB", (40, 30), shade).save(folder / split / kind / f"{i}.png")
+    (folder / "train" / "red" / "0.png").write_bytes(b"broken")
+    Image.new("RGB", (33, 60), (35, 33, 210)).save(folder / "new.png")
+    (folder / "bad.png").write_bytes(b"broken")
     torch.manual_seed(0)
-    m = VisionTransformer(32, 2, 2, patch_size=8, img_size=32, layerscale=1.0).requires_grad_(False)
-    for p in m.parameters():
+    model = VisionTransformer(32, 2, 2, patch_size=8, img_size=32, layerscale=1.0).requires_grad_(False)
+    for p in model.parameters():
         if p.ndim > 1:
             p.normal_(std=0.1)  # the same numbers in every PyTorch: those of trunc_normal_ have changed
-    m.cls_token.zero_()  # so [CLS] is only what it sees
-    torch.save({"teacher": m.state_dict(), "arch": {"num_heads": 2}}, tmp_path / "t.pth")
-    sets = ["--train", f"folder:{tmp_path}/train", "--test", f"folder:{tmp_path}/test", "--image-size", "32"]
-    argv = ["eval_knn.py", "--weights", str(tmp_path / "t.pth"), *sets, "--k", "4", "--predict"]
-    photos = [str(tmp_path / "new.png"), str(tmp_path / "bad.png")]
-    monkeypatch.setattr(sys, "argv", [*argv, *photos, "--out", str(tmp_path / "out")])
-    eval_knn.main()
-    said = capsys.readouterr().out
+    model.cls_token.zero_()  # so [CLS] is only what it sees
+    torch.save({"teacher": model.state_dict(), "arch": {"num_heads": 2}}, folder / "t.pth")
+    sets = ["--train", f"folder:{folder}/train", "--test", f"folder:{folder}/test", "--image-size", "32"]
+    photos = [str(folder / "new.png"), str(folder / "bad.png")]
+    return ["--weights", str(folder / "t.pth"), *sets, "--k", "4"], photos
+
+
+def check_printed_predictions(said):
     assert "left out: " in said and "bad.png" in said
     assert re.search(r"new.png: blue, \d+% of the votes \(right in \d+% of \d+ queries", said)
     assert re.search(r"expected calibration error on 12 queries: 0\.\d{3}", said)
-    rows = Image.open(tmp_path / "out" / "neighbours.png")
-    assert rows.width > 5 * 96 and Image.open(tmp_path / "out" / "reliability.png").width > 360
+
+
+def test_predict_names_class_and_share(tmp_path, monkeypatch, capsys):
+    """Flat colours are told apart even by a random network; what cannot be read is left out and named."""
+    args, photos = make_color_sets(tmp_path)
+    argv = ["eval_knn.py", *args, "--predict"]
+    monkeypatch.setattr(sys, "argv", [*argv, *photos])
+    eval_knn.main()
+    check_printed_predictions(capsys.readouterr().out)
     monkeypatch.setattr(sys, "argv", [*argv, photos[1]])
     with pytest.raises(UserError, match="none of these images can be read"):
         eval_knn.main()

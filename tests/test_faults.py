@@ -56,7 +56,7 @@ def functions(file):
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0])
 def test_a_fault_has_tests_that_exist_or_a_reason(row):
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", row[3])
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row[3])
     assert named or re.search("comes with|does not apply", row[3]), "neither a test nor a reason"
     assert len(named) == row[3].count("::")
     for file, name in named:
@@ -94,7 +94,7 @@ def test_a_log_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
     def fill_up(run, step):
         (run.path / "metrics.jsonl").symlink_to("/dev/full")
 
-    monkeypatch.setattr(train.RunFolder, "rewind", fill_up)
+    monkeypatch.setattr(train.RunFolder, "truncate_log", fill_up)
     with pytest.raises(UserError, match="metrics.jsonl.*No space left"):
         go(tmp_path / "run", *SHORT)
 
@@ -174,10 +174,10 @@ class Turing:
 
 def test_auto_takes_no_emulated_bf16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", Turing.is_bf16_supported)
-    assert train.compute_dtype(small(), "cuda") == torch.float32
+    assert train.compute_dtype(small(), torch.device("cuda")) == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
-    assert train.compute_dtype(small(), "cuda") == torch.bfloat16
-    assert train.compute_dtype(small(), "cpu") == torch.float32
+    assert train.compute_dtype(small(), torch.device("cuda")) == torch.bfloat16
+    assert train.compute_dtype(small(), torch.device("cpu")) == torch.float32
 
 
 def test_restarts_that_torchrun_would_spoil_are_told(monkeypatch, capsys):

@@ -1,8 +1,5 @@
-"""Frozen features: images of any kind, extraction, the .npz, evaluation sets, and the linear read-out."""
+"""Frozen features: images of any kind, extraction, evaluation sets, and the linear read-out."""
 
-import sys
-
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +9,6 @@ import features
 from config import UserError
 from data import normalize
 from eval_knn import foreground_miou, knn_pixels, open_eval_sets, ridge_regression
-from evals.extract import extract_to_npz
 from features import (
     EvalImages,
     extract_features,
@@ -54,7 +50,7 @@ def test_preprocess_keeps_what_it_says(how):
     assert x.shape == (3, 28, 28) and x.dtype == torch.uint8
     red = (x[0] > 200) & (x[1] < 60)
     assert red.any() == (how != "crop")
-    grey = (x == torch.tensor(features.GREY)[:, None, None]).all(0)
+    grey = (x == torch.tensor(features.IMAGENET_GREY)[:, None, None]).all(0)
     assert grey[-1].all() == (how == "pad") and not grey[0].any()
 
 
@@ -178,108 +174,6 @@ def test_pixels_find_what_pixels_can_find(tmp_path):
         pictures(tmp_path / name, 6, first=200 * i)
     bank, queries = sets(f"folder:{tmp_path}", f"folder:{tmp_path}")
     assert knn_pixels(bank, queries, ks=(1,)) == {1: 1.0}
-
-
-# ---- the .npz
-
-
-def job(tmp_path, **how):
-    if not (tmp_path / "photos").exists():
-        pictures(tmp_path / "photos", 9, bad=1)
-    images = EvalImages(open_images([str(tmp_path / "photos")]), 32, **how)
-    return dict(out=tmp_path / "f.npz", images=images, batch_size=2)
-
-
-def test_the_file_holds_the_tokens(tmp_path):
-    """Rows of what decodes, in order; the names of what does not; nothing is left beside the file."""
-    done = extract_to_npz(backbone=tiny(), **job(tmp_path))
-    f, good = np.load(tmp_path / "f.npz"), [i for i in range(10) if i != 9]
-    images = EvalImages(open_images([str(tmp_path / "photos")]), 32)
-    with torch.no_grad():
-        expected = tiny()(normalize(torch.stack([images[i][0] for i in good])))
-    for name, x in expected._asdict().items():
-        np.testing.assert_allclose(f[name], x.numpy(), atol=1e-5)
-    assert f["paths"].tolist() == [str(tmp_path / f"photos/{i}.png") for i in good]
-    assert f["labels"].tolist() == 9 * [-1] and done["rows"] == 9
-    assert len(f["bad"]) == 1 and "bad0.png" in str(f["bad"][0])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.npz", "photos"]
-
-
-def test_half_the_bytes_and_fewer_parts(tmp_path):
-    extract_to_npz(backbone=tiny(), parts=("cls", "patches"), dtype="float16", **job(tmp_path))
-    f = np.load(tmp_path / "f.npz")
-    assert (
-        sorted(f.files) == ["bad", "cls", "labels", "patches", "paths"] and f["patches"].dtype == np.float16
-    )
-    assert f["patches"].shape == (9, 16, 32) and np.isfinite(f["patches"]).all()
-
-
-class Dying(torch.nn.Module):
-    """A backbone whose process is killed on its third batch."""
-
-    def __init__(self, backbone):
-        super().__init__()
-        self.inner, self.calls, self.arch = backbone, 0, backbone.arch
-
-    def state_dict(self):
-        return self.inner.state_dict()
-
-    def forward(self, x):
-        self.calls += 1
-        if self.calls == 3:
-            raise KeyboardInterrupt
-        return self.inner(x)
-
-
-@pytest.fixture
-def at_once(monkeypatch):
-    monkeypatch.setattr(features, "SAVE_EVERY", 0)
-
-
-def test_a_killed_job_goes_on_where_it_was(tmp_path, at_once):
-    extract_to_npz(backbone=tiny(), **job(tmp_path))
-    whole = dict(np.load(tmp_path / "f.npz"))
-    (tmp_path / "f.npz").unlink()
-    with pytest.raises(KeyboardInterrupt):
-        extract_to_npz(backbone=Dying(tiny()), **job(tmp_path))
-    assert not (tmp_path / "f.npz").exists()
-    with open(tmp_path / "f.npz.partial" / "cls", "ab") as f:
-        f.write(b"torn")  # as much of the third batch as reached the disk
-    counted = Dying(tiny())
-    counted.calls = 3  # never again the third
-    extract_to_npz(backbone=counted, **job(tmp_path))
-    assert counted.calls == 3 + 3  # two batches were done, the last has no readable image
-    again = np.load(tmp_path / "f.npz")
-    assert all(np.array_equal(again[k], whole[k]) for k in whole) and set(again.files) == set(whole)
-
-
-def test_another_job_does_not_go_on_there(tmp_path, at_once):
-    with pytest.raises(KeyboardInterrupt):
-        extract_to_npz(backbone=Dying(tiny()), **job(tmp_path))
-    other = tiny()
-    other.norm.weight.data += 1
-    for backbone, how in ((other, {}), (tiny(), dict(how="pad"))):
-        with pytest.raises(UserError, match="f.npz.partial was begun with other images, weights or options"):
-            extract_to_npz(backbone=backbone, **job(tmp_path, **how))
-
-
-def test_the_command(tmp_path, monkeypatch, capsys):
-    pictures(tmp_path / "photos", 4, bad=1)
-    torch.save({"teacher": tiny().state_dict(), "arch": {"num_heads": 2}}, tmp_path / "t.pth")
-    out = tmp_path / "f.npz"
-    argv = ["features.py", str(tmp_path / "photos"), "--weights", str(tmp_path / "t.pth"), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", [*argv, "--size", "48", "--fit", "pad"])
-    features.main()
-    said = capsys.readouterr().out
-    assert "5 images, each long side to 48, padded to 48 x 48" in said and "left out:" in said
-    assert np.load(out)["patches"].shape == (4, 36, 32)
-    for extra, message in (
-        (["--size", "50"], "50 is no multiple of the patch of 8"),
-        (["--parts", "cls,clss"], "cls,clss"),
-    ):
-        monkeypatch.setattr(sys, "argv", [*argv, *extra])
-        with pytest.raises(UserError, match=message):
-            features.main()
 
 
 def test_ridge_finds_a_linear_rule():

@@ -22,9 +22,9 @@ MUTANTS = {  # name: (file, what it says, what the mistake says, tests that must
     "unswapped teacher crops": ("losses.py", "targets.flip(0)", "targets", LOSSES),
     "centre updated before use": ("losses.py", "        self.count += len(logits)\n",
                                   "        self.count += len(logits)\n        self.update()\n", LOSSES),
-    "unmasked student CLS": ("train.py", "    cls, patches = t.student.heads(",
-                             "    tokens = t.student.backbone.forward_crops(crops)\n"
-                             "    cls, patches = t.student.heads(", STEP),
+    "unmasked student CLS": ("train.py", "    cls, patches = state.student.heads(",
+                             "    tokens = state.student.backbone.forward_crops(crops)\n"
+                             "    cls, patches = state.student.heads(", STEP),
     "KoLeo mean instead of sum": ("train.py", "koleo = sum(", "koleo = 0.5 * sum(", STEP),
 }  # fmt: skip
 

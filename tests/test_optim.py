@@ -90,7 +90,7 @@ def test_teacher_moves_by_one_minus_m():
     student, teacher = DINOv2(cfg), DINOv2(cfg)
     init_weights(teacher, seed=1)
     before, no = [p.clone() for p in teacher.parameters()], torch.zeros(())
-    update_teacher(teacher, student, 0.9, lost=1 - no)
+    update_teacher(teacher, student, 0.9, found_inf=1 - no)
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), before, strict=True))
     update_teacher(teacher, student, 0.9, no)
     for t, old, s in zip(teacher.parameters(), before, student.parameters(), strict=True):

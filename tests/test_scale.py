@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nursery import ENVIRONMENT, ROOT
+from forkserver import RUN_ENVIRONMENT
+from helpers import ROOT, TWO_RANKS, load_teacher, read_log, torchrun
 
 STEPS = 20
 SETTINGS = ["--model", "debug", "train.dataset_path=scenes:200:seed=3", "optim.epochs=1", "train.log_every=1",
@@ -20,8 +21,8 @@ SETTINGS = ["--model", "debug", "train.dataset_path=scenes:200:seed=3", "optim.e
 
 
 @pytest.fixture(scope="module")
-def forked(nursery):
-    return lambda processes, *arguments: nursery.run(*arguments, ranks=processes)
+def forked(forkserver):
+    return lambda processes, *arguments: forkserver.run(*arguments, ranks=processes)
 
 
 def fresh(processes, *arguments):
@@ -30,7 +31,7 @@ def fresh(processes, *arguments):
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*start, str(ROOT / "train.py"), *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **RUN_ENVIRONMENT}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -78,23 +79,23 @@ def test_bf16_has_the_checkpoints_of_fp32(alone, forked, tmp_path):
 
 GRAPHS = """
 import functools, sys, torch, config, distributed, train
-from tools.bench import noise
+from tools.bench import noise_batches
 from kernels import attention
 from torch._dynamo.utils import counters
 
 def main():
-    args, cfg = train.arguments(argv)
+    args, cfg = train.parse_args(argv)
     real = torch.compile
     torch.compile = functools.partial(real, backend="eager")
     attention.CHOICE = cfg.speed.kernels
-    distributed.init("cpu")
+    distributed.setup("cpu")
     t = train.TrainState(cfg)
-    batches = noise(cfg, torch.device("cpu"))
+    batches = noise_batches(cfg, torch.device("cpu"))
     for step in range(2):
         train.train_step(t, [next(batches)], train.compute_schedules(cfg, step), cfg)
     assert counters["stats"]["unique_graphs"] == 2, counters["stats"]
     assert not counters["graph_break"], counters["graph_break"]
-    distributed.end()
+    distributed.cleanup()
 
 config.run(main)
 sys.exit()  # instead of the run that would follow
@@ -102,7 +103,7 @@ sys.exit()  # instead of the run that would follow
 
 
 @pytest.mark.parametrize("ranks,checkpointing,kernels", [(1, "off", "triton"), (2, "selective", "pytorch")])
-def test_compiled_blocks_are_two_graphs(nursery, ranks, checkpointing, kernels, request):
+def test_compiled_blocks_are_two_graphs(forkserver, ranks, checkpointing, kernels, request):
     """One of the teacher and one of the student, whatever the depth, the step and the sharding; no breaks."""
     if kernels == "triton":
         request.getfixturevalue("interpreter")
@@ -110,7 +111,7 @@ def test_compiled_blocks_are_two_graphs(nursery, ranks, checkpointing, kernels, 
     size += ["dino.koleo_group=0", "crops.local_crops_number=1"]
     settings = ["student.drop_path_rate=0.3", f"speed.checkpointing={checkpointing}"]
     settings += [f"speed.kernels={kernels}", "speed.compile=on"]
-    nursery.run(*SETTINGS, *size, *settings, "--output-dir", "unused", ranks=ranks, first=GRAPHS)
+    forkserver.run(*SETTINGS, *size, *settings, "--output-dir", "unused", ranks=ranks, first=GRAPHS)
 
 
 COLLECTIVES = """
@@ -143,8 +144,8 @@ MUTES = {
         "gradients": (train.dist, "shard", whole_model)}}
 
 def main():
-    dist.init("cpu")
-    args, cfg = train.arguments(argv)
+    dist.setup("cpu")
+    args, cfg = train.parse_args(argv)
     for centering, mutes in MUTES.items():
         cfg.train.centering = centering
         right = steps(cfg)
@@ -156,7 +157,7 @@ def main():
             setattr(module, attribute, real)
             assert dist.all_reduce(torch.tensor(found), "max") > 1e-4, f"{name}: {found}"
     agreement(cfg)
-    dist.end()
+    dist.cleanup()
 
 def agreement(cfg):
     # One rank finds its loss infinite, with finite gradients: none may take the step.
@@ -176,9 +177,9 @@ sys.exit()  # instead of the run that would follow
 """
 
 
-def test_a_missing_collective_is_noticed(nursery):
+def test_a_missing_collective_is_noticed(forkserver):
     """Each of them in turn is left out; the numbers of three steps must then be others."""
-    nursery.run(*SETTINGS, "train.batch_size_per_gpu=4", "--output-dir", "unused", ranks=2, first=COLLECTIVES)
+    forkserver.run(*SETTINGS, "train.batch_size_per_gpu=4", "--output-dir", "unused", ranks=2, first=COLLECTIVES)
 
 
 def start_of(folder, target, step):
@@ -217,8 +218,8 @@ from optim import compute_schedules
 from torch.distributed.tensor import DTensor
 
 def main():
-    dist.init("cpu")
-    args, cfg = train.arguments(argv)
+    dist.setup("cpu")
+    args, cfg = train.parse_args(argv)
     t = train.TrainState(cfg)
     loader = train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu", 0, dist.rank(), 2)
     train.train_step(t, [next(loader)], compute_schedules(cfg, 0, 2), cfg)
@@ -229,15 +230,15 @@ def main():
         assert all(isinstance(x, DTensor) for x in tensors), name
         share = sum(x.to_local().numel() for x in tensors) / sum(x.numel() for x in tensors)
         assert share <= 0.55, (name, share)
-    dist.end()
+    dist.cleanup()
 
 config.run(main)
 sys.exit()  # instead of the run that would follow
 """
 
 
-def test_each_rank_holds_its_share(nursery):
-    nursery.run(*SETTINGS, "train.batch_size_per_gpu=4", "--output-dir", "unused", ranks=2, first=SHARES)
+def test_each_rank_holds_its_share(forkserver):
+    forkserver.run(*SETTINGS, "train.batch_size_per_gpu=4", "--output-dir", "unused", ranks=2, first=SHARES)
 
 
 slow = pytest.mark.slow

@@ -2,7 +2,7 @@
 
 Each of them must end as if nothing had happened: every step once in the log, and the numbers of a run that
 nobody disturbed. Importing torch takes longer than such a run, so most are forked from one process that has
-imported everything (the `nursery`); only what needs torchrun starts afresh.
+imported everything (the `forkserver`); only what needs torchrun starts afresh.
 """
 
 import json
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nursery import ENVIRONMENT, ROOT, free_port, kill_all
+from forkserver import RUN_ENVIRONMENT, free_port, kill_all
+from helpers import ROOT, TWO_RANKS, load_teacher
 
 import checkpoint
 
@@ -84,10 +85,10 @@ def intact(folder):
 
 
 @pytest.fixture(scope="module")
-def expected(nursery, tmp_path_factory):
+def expected(forkserver, tmp_path_factory):
     """The rows of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("expected") / "run"
-    nursery.run(*SETTINGS, "--output-dir", folder, "train.checkpoint_every=0")
+    forkserver.run(*SETTINGS, "--output-dir", folder, "train.checkpoint_every=0")
     return rows(folder)
 
 
@@ -104,15 +105,15 @@ def saving(folder):
 
 
 @pytest.mark.parametrize("moments", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_kill_9_at_random_moments_loses_no_saved_step(moments, nursery, tmp_path):
+def test_kill_9_at_random_moments_loses_no_saved_step(moments, forkserver, tmp_path):
     """A run that saves every step, killed again and again: while it starts, steps, saves, prunes."""
     draw, length, folder = random.Random(moments), f"optim.epochs={5 * moments / STEPS}", tmp_path / "run"
-    nursery.run(*SETTINGS, "--output-dir", tmp_path / "whole", length, "train.checkpoint_every=0")
+    forkserver.run(*SETTINGS, "--output-dir", tmp_path / "whole", length, "train.checkpoint_every=0")
     saved = 0
     for i in range(moments):
         before, when = last_step(folder), ("stepping", "saving", "starting", "stepping", "saving")[i % 5]
         moment = draw.uniform(0, dict(starting=0.6, stepping=0.25, saving=0.1)[when])
-        child = nursery.start(
+        child = forkserver.start(
             *SETTINGS, "--output-dir", folder, length, "train.checkpoint_every=1", "--resume"
         )[0]
         if when != "starting":
@@ -121,13 +122,13 @@ def test_kill_9_at_random_moments_loses_no_saved_step(moments, nursery, tmp_path
             wait_for(lambda: saving(folder))
         time.sleep(moment)
         os.kill(child, signal.SIGKILL)
-        assert nursery.end() == [-signal.SIGKILL], "the run was over before it could be killed"
-        assert steps_told(nursery.said())[:1] in ([], [saved + 1]), "it did not go on where it could"
+        assert forkserver.wait() == [-signal.SIGKILL], "the run was over before it could be killed"
+        assert steps_told(forkserver.output())[:1] in ([], [saved + 1]), "it did not go on where it could"
         logged, saved = last_step(folder), intact(folder)
         print(f"killed after {moment:.3f} s of {when}: {logged=} {saved=}")
         assert saved >= logged - IN_FLIGHT
-    nursery.run(*SETTINGS, "--output-dir", folder, length, "train.checkpoint_every=0", "--resume")
-    assert steps_told(nursery.said())[0] == saved + 1
+    forkserver.run(*SETTINGS, "--output-dir", folder, length, "train.checkpoint_every=0", "--resume")
+    assert steps_told(forkserver.output())[0] == saved + 1
     assert_undisturbed(folder, rows(tmp_path / "whole"))
     assert not different(weights(folder), weights(tmp_path / "whole"))
 
@@ -146,12 +147,12 @@ os.replace = replace
 """
 
 
-def test_killed_before_the_last_teacher_is_written(nursery, tmp_path):
+def test_killed_before_the_last_teacher_is_written(forkserver, tmp_path):
     """The last checkpoint is there, so nothing is left to train; but the file is of an older step."""
     folder, short = tmp_path / "run", [f"optim.epochs={6 / STEPS}", "train.checkpoint_every=3"]
-    nursery.start(*SETTINGS, "--output-dir", folder, *short, first=LAST_WRITE)
-    assert nursery.end() == [-signal.SIGKILL] and last_step(folder) == 6
-    nursery.run(*SETTINGS, "--output-dir", folder, *short, "--resume")
+    forkserver.start(*SETTINGS, "--output-dir", folder, *short, first=LAST_WRITE)
+    assert forkserver.wait() == [-signal.SIGKILL] and last_step(folder) == 6
+    forkserver.run(*SETTINGS, "--output-dir", folder, *short, "--resume")
     found = weights(folder)
     saved = {k: torch.zeros_like(v) for k, v in found.items()}
     checkpoint.load_checkpoint(folder / "checkpoints" / "step_00000006", {"teacher": saved})
@@ -162,25 +163,25 @@ FULL = """
 import resource
 plain = train.train_step
 
-def train_step(t, *args):
-    if t.step == 5:  # from now on no file may be larger than 1 MB
+def train_step(state, *args, **options):
+    if state.step == 5:  # from now on no file may be larger than 1 MB
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
-    return plain(t, *args)
+    return plain(state, *args, **options)
 
 train.train_step = train_step
 """
 
 
-def test_a_disk_that_fills_up_stops_a_run_with_a_sentence(nursery, tmp_path):
+def test_a_disk_that_fills_up_stops_a_run_with_a_sentence(forkserver, tmp_path):
     """The checkpoints before it are good: with room again, the run goes on from the last."""
     folder, short = tmp_path / "run", [f"optim.epochs={8 / STEPS}", "train.checkpoint_every=2"]
-    nursery.start(*SETTINGS, "--output-dir", folder, *short, first=FULL)
-    assert nursery.end() == [1]
-    last = nursery.said().splitlines()[-1]
+    forkserver.start(*SETTINGS, "--output-dir", folder, *short, first=FULL)
+    assert forkserver.wait() == [1]
+    last = forkserver.output().splitlines()[-1]
     assert last.startswith("error: ") and "could not be written" in last and "make room" in last
     assert intact(folder) in (2, 4)  # that of step 4 may have been on its way
     assert all(p.name.startswith("step_") for p in (folder / "checkpoints").iterdir())
-    nursery.run(*SETTINGS, "--output-dir", folder, *short, "--resume")
+    forkserver.run(*SETTINGS, "--output-dir", folder, *short, "--resume")
     assert [r["step"] for r in rows(folder)] == list(range(1, 9)) and (folder / "result.json").exists()
 
 
@@ -194,7 +195,7 @@ def torchrun(how, *argv, script=ROOT / "train.py", log):
     command = [sys.executable, "-m", "torch.distributed.run", *how, str(script), *SETTINGS]
     command += ["train.batch_size_per_gpu=4", "train.checkpoint_every=2", *map(str, argv)]
     with open(log, "a") as file:
-        return subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(command, env=RUN_ENVIRONMENT, stdout=file, stderr=file, start_new_session=True)
 
 
 def kill_tree(process):
@@ -221,10 +222,10 @@ DYING = """
 import os, config, train
 plain = train.train_step
 
-def train_step(t, *args):
-    if t.step == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+def train_step(state, *args, **options):
+    if state.step == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os._exit(17)
-    return plain(t, *args)
+    return plain(state, *args, **options)
 
 train.train_step = train_step
 config.run(train.main)
@@ -245,7 +246,7 @@ def test_a_rank_dies_and_the_run_goes_on(expected, started, tmp_path):
 
 
 @linux
-def test_sigterm_to_torchrun_stops_both_ranks_at_one_step(expected, nursery, started, tmp_path):
+def test_sigterm_to_torchrun_stops_both_ranks_at_one_step(expected, forkserver, started, tmp_path):
     """torchrun itself ends with 1, so the run folder has to say how far it came; one process goes on."""
     folder, log = tmp_path / "run", tmp_path / "log"
     started.append(torchrun(PAIR, "--output-dir", folder, "train.checkpoint_every=0", log=log))
@@ -255,8 +256,8 @@ def test_sigterm_to_torchrun_stops_both_ranks_at_one_step(expected, nursery, sta
     said, step = log.read_text(), last_step(folder)
     assert said.count("stopped at step") == 1 and f"stopped at step {step} of {STEPS}" in said
     assert 3 <= step < STEPS and intact(folder) == step and not (folder / "result.json").exists()
-    nursery.run(*SETTINGS, "--output-dir", folder, "train.checkpoint_every=0", "--resume")
-    assert steps_told(nursery.said())[0] == step + 1
+    forkserver.run(*SETTINGS, "--output-dir", folder, "train.checkpoint_every=0", "--resume")
+    assert steps_told(forkserver.output())[0] == step + 1
     assert_undisturbed(folder, expected)
 
 
@@ -304,11 +305,11 @@ Scenes.__getitem__ = read
 """
 
 
-def test_a_rank_that_sees_only_bad_images_leaves_nobody_waiting(nursery, tmp_path):
+def test_a_rank_that_sees_only_bad_images_leaves_nobody_waiting(forkserver, tmp_path):
     """A rank that waits in a collective for one that has given up notices that it is gone."""
-    nursery.start(
+    forkserver.start(
         *SETTINGS, "--output-dir", tmp_path / "run", "train.batch_size_per_gpu=4", first=BLIND, ranks=2
     )
-    assert nursery.end(limit=60) == [1, 1]
-    said = nursery.said()
+    assert forkserver.wait(limit=60) == [1, 1]
+    said = forkserver.output()
     assert "ten images in a row cannot be read" in said and "only here" in said

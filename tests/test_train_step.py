@@ -88,7 +88,7 @@ def take_steps(cfg, n=1, batch=None):
     t = train.TrainState(cfg)
     for i in range(n):
         metrics = train.train_step(
-            t, batch or [random_batch(cfg, seed=i)], compute_schedules(cfg, 150), cfg, look=True
+            t, batch or [random_batch(cfg, seed=i)], compute_schedules(cfg, 150), cfg, log_diagnostics=True
         )
     return t, metrics
 
@@ -178,7 +178,7 @@ def on_a_pretended_gpu(patch):
     patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    patch.setattr(train.prototypes, "fused", lambda logits: False)  # Triton would ask where the numbers are
+    patch.setattr(train.prototypes, "uses_kernels", lambda logits: False)  # Triton would ask where the numbers are
     patch.setattr(train, "init_weights", lambda *_: None)
     patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
@@ -214,7 +214,7 @@ def test_a_step_on_a_pretended_gpu(mode, choice, compiled, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "backward", backward)
         seen = []
         t.student.backbone.norm.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-        metrics = train.train_step(t, [batch], compute_schedules(cfg, 1), cfg, look=True)
+        metrics = train.train_step(t, [batch], compute_schedules(cfg, 1), cfg, log_diagnostics=True)
     assert t.dtype == torch.bfloat16 and [x.dtype for x in seen] == [torch.bfloat16]
     assert all(x.is_cuda and x.dtype == torch.float32 for x in metrics.values())
 

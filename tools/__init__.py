@@ -1,1 +1,1 @@
-"""Commands around training: weights in and out, plans, reports, benchmarks. Run one as `python -m tools.NAME`."""
+"""Commands around training: weights in and out, plans, reports, benchmarks: `python -m tools.NAME`."""

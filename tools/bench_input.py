@@ -1,8 +1,9 @@
-"""The yardstick: the published augmentation, image by image in Pillow, and the race of data.py against it.
+"""The published augmentation, image by image in Pillow, and how much faster data.py is.
 
     python -m tools.bench_input
 
-The tests compare data.py with these functions, operation by operation and on whole crops.
+Prints images/s of one CPU core. tests/test_augment.py compares data.py with the functions here, operation by
+operation and on whole crops.
 """
 
 import os
@@ -14,22 +15,43 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 import config
-from data import IMAGENET_MEAN, IMAGENET_STD, MultiCropDataset, photometric, sample_crop_params
-from sources import ImageFiles, decode_image
+from data import (
+    BLUR_SIGMA,
+    GRAYSCALE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ORDER,
+    SOLARIZE,
+    MultiCropDataset,
+    photometric,
+    sample_crop_params,
+)
+from sources import Entry, ImageFiles, decode_image
+
+BATCH = 8  # images
+GLOBAL_SIZE, LOCAL_SIZE = 224, 98  # pixels
 
 
 def photo(width=500, height=375, seed=0):
     """Noise whose spectrum falls as a photo's does, with some fine grain: a picture of natural smoothness."""
-    rng, image = np.random.default_rng(seed), np.zeros((height, width, 3))
-    for k in (2, 4, 8, 16, 32, 64, 128, 256, width):
-        for channels in (slice(0, 3), 0, 1, 2):  # what the channels share, then what they don't
-            noise = Image.fromarray(
-                rng.normal(0, k**-0.6, (max(2, k * height // width), k)).astype(np.float32)
-            )
-            noise = np.asarray(noise.resize((width, height), Image.BICUBIC))
-            image[..., channels] += noise[..., None] * 1.5 if channels == slice(0, 3) else noise
+    rng = np.random.default_rng(seed)
+    image = np.zeros((height, width, 3))
+    for scale in (2, 4, 8, 16, 32, 64, 128, 256, width):
+        image += smooth_noise(rng, scale, width, height)[..., None] * 1.5  # shared by the channels
+        for channel in range(3):
+            image[..., channel] += smooth_noise(rng, scale, width, height)
     image -= np.percentile(image, 1)
     return Image.fromarray((255 * image / np.percentile(image, 99)).clip(0, 255).astype(np.uint8))
+
+
+def smooth_noise(rng, scale, width, height):
+    """Noise on a grid of `scale` columns, the weaker the finer it is, enlarged -> float32 (height, width)."""
+    shape = (max(2, scale * height // width), scale)
+    noise = Image.fromarray(rng.normal(0, scale**-0.6, shape).astype(np.float32))
+    return np.asarray(noise.resize((width, height), Image.BICUBIC))
+
+
+# ---------------------------------------------------------------- the reference
 
 
 def pillow_hue(image, shift):
@@ -38,66 +60,87 @@ def pillow_hue(image, shift):
     return Image.merge("HSV", (h, s, v)).convert("RGB")
 
 
-PILLOW_JITTER = (
+PILLOW_JITTER = (  # in the order of the columns BRIGHTNESS, CONTRAST, SATURATION, HUE
     lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
     lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
     lambda image, factor: ImageEnhance.Color(image).enhance(factor),
     pillow_hue,
 )
-PILLOW_AFTER = (
+PILLOW_AFTER = (  # GRAYSCALE, BLUR_SIGMA, SOLARIZE
     lambda image, _: ImageOps.grayscale(image).convert("RGB"),
     lambda image, sigma: image.filter(ImageFilter.GaussianBlur(sigma)),
     lambda image, _: ImageOps.solarize(image, 128),
 )
 
 
-def pillow_crop(image, box, size, flip, row):
-    """One crop as the published pipeline makes it -> float32 (3, size, size)."""
-    left, top, w, h = map(int, box)
-    image = image.crop((left, top, left + w, top + h)).resize((size, size), Image.BICUBIC)
-    image = ImageOps.mirror(image) if flip else image
-    for k in np.argsort(row[4:8]) if row[4] >= 0 else ():
-        image = PILLOW_JITTER[k](image, float(row[k]))
-    for k in range(3):
-        image = PILLOW_AFTER[k](image, float(row[8 + k])) if row[8 + k] else image
+def pillow_crop(image, box, size, flip, colors):
+    """One crop as the published pipeline makes it -> float32 (3, size, size).
+
+    box, flip, colors: one crop of `data.sample_crop_params`.
+    """
+    left, top, width, height = map(int, box)
+    image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.BICUBIC)
+    if flip:
+        image = ImageOps.mirror(image)
+    if colors[ORDER][0] >= 0:
+        for column in np.argsort(colors[ORDER]):
+            image = PILLOW_JITTER[column](image, float(colors[column]))
+    for column, operation in zip((GRAYSCALE, BLUR_SIGMA, SOLARIZE), PILLOW_AFTER):
+        if colors[column]:
+            image = operation(image, float(colors[column]))
     image = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
     return image.sub_(IMAGENET_MEAN).div_(IMAGENET_STD)
 
 
-def bench(rounds=30):
-    """A 500 x 375 JPEG to 2 x 224 + 8 x 98 float crops, ours and Pillow's in turn, on one thread.
+# ---------------------------------------------------------------- the comparison
 
-    Prints images/s of one core: the best of the rounds, since other programs can only make a round slower.
+
+def run_ours(dataset, step):
+    """One batch of crops by data.py -> seconds of a worker (decoding and crops), and in all."""
+    start = time.perf_counter()
+    batch = dataset[step, 0]
+    cropped = time.perf_counter()
+    for views, colors in zip(batch["views"], batch["colors"]):
+        photometric(views, colors)
+    return cropped - start, time.perf_counter() - start
+
+
+def run_pillow(path, step, crops):
+    """One batch of crops by Pillow -> seconds."""
+    sizes = [GLOBAL_SIZE] * 2 + [LOCAL_SIZE] * crops.local_crops_number
+    start = time.perf_counter()
+    for i in range(BATCH):
+        image = decode_image(path, path)
+        params = sample_crop_params(np.random.default_rng([step, i]), crops, *image.size)
+        for box, flip, colors, size in zip(*params, sizes):
+            pillow_crop(image, box, size, flip, colors)
+    return time.perf_counter() - start
+
+
+def main(rounds=30):
+    """A 500 x 375 JPEG to 2 x 224 + 8 x 98 float crops, by data.py and by Pillow in turn, on one thread.
+
+    The best of the rounds counts, since other programs can only make a round slower.
     """
     torch.set_num_threads(1)
-    sizes = ["student.patch_size=14", "crops.local_crops_size=98", "train.batch_size_per_gpu=8"]
-    cfg, seconds = config.load(overrides=sizes), dict(ours=[], worker=[], pillow=[])
+    cfg = config.load(overrides=[f"train.batch_size_per_gpu={BATCH}", "student.patch_size=14",
+                                 f"crops.local_crops_size={LOCAL_SIZE}"])  # fmt: skip
+    seconds = dict(ours=[], worker=[], pillow=[])
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "photo.jpg")
         photo().save(path, quality=90)
         print(f"500 x 375 JPEG of {os.path.getsize(path) / 1000:.0f} KB")
-        crops = MultiCropDataset(ImageFiles([(path, None, -1, 0)]), cfg)
+        dataset = MultiCropDataset(ImageFiles([Entry(path)]), cfg)
         for step in range(rounds):
-            start = time.perf_counter()
-            batch = crops[step, 0]
-            seconds["worker"].append((time.perf_counter() - start) / 8)
-            views = [photometric(x, params) for x, params in zip(batch["views"], batch["colors"])]
-            seconds["ours"].append((time.perf_counter() - start) / 8)
-            start = time.perf_counter()
-            for i in range(8):
-                image, rng = decode_image(path, path), np.random.default_rng([step, i])
-                boxes, flips, rows = sample_crop_params(rng, cfg.crops, *image.size)
-                views = [
-                    pillow_crop(image, boxes[v], 224 if v < 2 else 98, flips[v], rows[v]) for v in range(10)
-                ]
-            seconds["pillow"].append((time.perf_counter() - start) / 8)
-            del views
-    speed = {k: 1 / min(v) for k, v in seconds.items()}
-    print(
-        ", ".join(f"{k} {v:.0f}" for k, v in speed.items()), "images/s/core (worker: decode and crops alone)"
-    )
-    print(f"ours / pillow {speed['ours'] / speed['pillow']:.2f}")
+            worker, ours = run_ours(dataset, step)
+            seconds["worker"].append(worker)
+            seconds["ours"].append(ours)
+            seconds["pillow"].append(run_pillow(path, step, cfg.crops))
+    rates = {name: BATCH / min(spent) for name, spent in seconds.items()}
+    listed = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+    print(f"{listed} images/s/core (worker: decode and crops alone)")
+    print(f"ours / pillow {rates['ours'] / rates['pillow']:.2f}")
 
 
 if __name__ == "__main__":
-    bench()
+    main()

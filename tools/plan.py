@@ -1,20 +1,21 @@
-"""What a run will cost, before it runs: parameters, memory, FLOPs, traffic and hours, from the config alone.
+"""What a run will cost: parameters, memory, FLOPs, traffic and hours, from its config alone.
 
-    python plan.py --model vitg14 gpus=256
-    python plan.py --model vitl14 gpus=8 train.batch_size_per_gpu=32 speed.checkpointing=full mfu=0.45
+    python -m tools.plan --model vitg14 gpus=256
+    python -m tools.plan --model vitl14 gpus=8 train.batch_size_per_gpu=32 speed.checkpointing=full mfu=0.45
 
-Besides the settings of train.py: `gpus`, `mfu` (the share of the peak that one expects to reach), `tflops`
+Besides the settings of train.py: `gpus`, `mfu` (the share of the peak that you expect to reach), `tflops`
 (the peak of one GPU for 16-bit products, 989 for an H100 or H200) and `memory` (of one GPU, in GB).
 
-What is unusual: nothing is allocated. FLOPs are those of the matrix products that the method needs (a
-backward pass counts twice its forward pass; what checkpointing computes again does not count, though it takes
-time). tests/test_plan.py holds FLOPs and bytes against what PyTorch counts in a real step. Hours are as good
+Nothing is allocated. FLOPs are those of the matrix products that the method needs: a backward pass counts
+twice its forward pass, and what checkpointing computes again does not count, though it takes time.
+tests/tools/test_plan.py compares FLOPs and bytes with what PyTorch counts in a real step. Hours are as good
 as the MFU that you believe in: none is measured yet.
 """
 
 import argparse
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,157 +24,234 @@ from config import UserError
 from model import DINOv2
 from optim import total_steps
 
-EXTRA = dict(gpus=1, mfu=0.4, tflops=989.0, memory=80.0)
+PLAN_SETTINGS = dict(gpus=1, mfu=0.4, tflops=989.0, memory=80.0)  # and their defaults
 
 
-class Shape:
-    """The numbers of one micro-batch on one GPU that everything else follows from."""
+class Crops(NamedTuple):
+    """Crops of one size."""
+
+    count: int
+    patches: int  # of each
+
+
+class Workload:
+    """One micro-batch on one GPU: its tokens, and the matrix products that they go through."""
 
     def __init__(self, cfg):
         with torch.device("meta"):
             self.model = DINOv2(cfg)
-        arch, c, t = self.model.backbone.arch, cfg.crops, cfg.train
-        self.D, self.depth, self.R = arch["embed_dim"], arch["depth"], arch["num_register_tokens"]
-        self.p, self.B, self.L = cfg.student.patch_size, t.batch_size_per_gpu, c.local_crops_number
-        self.keep = 1 - cfg.student.drop_path_rate
-        patches = [(size // self.p) ** 2 for size in (c.global_crops_size, c.local_crops_size)]
-        self.crops = [(2 * self.B, patches[0]), (self.L * self.B, patches[1])]  # (count, patches)
+        arch = self.model.backbone.arch
+        self.D = arch["embed_dim"]
+        self.R = arch["num_register_tokens"]
+        self.depth = arch["depth"]
+        self.patch_size = cfg.student.patch_size
+        self.keep_rate = 1 - cfg.student.drop_path_rate
+        self.B = cfg.train.batch_size_per_gpu
+        self.L = cfg.crops.local_crops_number
+        global_patches = (cfg.crops.global_crops_size // self.patch_size) ** 2
+        local_patches = (cfg.crops.local_crops_size // self.patch_size) ** 2
+        self.global_crops = Crops(2 * self.B, global_patches)
+        self.crops = [self.global_crops, Crops(self.L * self.B, local_patches)]
         low, high = cfg.ibot.mask_ratio_min_max
-        self.M = round(2 * self.B * cfg.ibot.mask_sample_probability * (low + high) / 2 * patches[0])
+        self.M = round(2 * self.B * cfg.ibot.mask_sample_probability * (low + high) / 2 * global_patches)
         mlp = self.model.backbone.blocks[0].mlp
-        self.hidden = sum(x.weight.numel() for x in mlp.children()) // self.D  # rows of all its matrices
-
-    def size(self):
-        return sum(x.numel() for x in self.model.parameters())
+        self.mlp_rows = sum(linear.weight.numel() for linear in mlp.children()) // self.D  # of all matrices
+        self.swiglu = hasattr(mlp, "w12")
 
     def tokens(self, crops):
-        return sum(count * (1 + self.R + n) for count, n in crops)
+        return sum(count * (1 + self.R + patches) for count, patches in crops)
 
-    def backbone_flops(self, crops, keep=1.0):
-        """Forward: a product of (a, b) and (b, c) matrices is 2 a b c."""
-        linear = self.tokens(crops) * 2 * self.D * (4 * self.D + self.hidden)
-        attention = sum(4 * count * (1 + self.R + n) ** 2 * self.D for count, n in crops)
-        embedding = sum(2 * count * n * 3 * self.p**2 * self.D for count, n in crops)
-        return embedding, self.depth * keep * (linear + attention)
+    def backbone_flops(self, crops, keep_rate=1.0):
+        """-> FLOPs of a forward pass: the patch embedding, all blocks.
 
-    def head_flops(self, cls, patches):
-        def size(head):
-            matrices = ("weight", "weight_v")
-            return sum(x.numel() for name, x in head.named_parameters() if name.endswith(matrices))
+        A product of (a, b) and (b, c) matrices is 2 a b c.
+        """
+        linear = self.tokens(crops) * 2 * self.D * (4 * self.D + self.mlp_rows)
+        attention = 0
+        embedding = 0
+        for count, patches in crops:
+            attention += 4 * count * (1 + self.R + patches) ** 2 * self.D
+            embedding += 2 * count * patches * 3 * self.patch_size**2 * self.D
+        return embedding, self.depth * keep_rate * (linear + attention)
 
-        dino, ibot = self.model.dino_head, getattr(self.model, "ibot_head", self.model.dino_head)
-        return 2 * (cls * size(dino) + patches * size(ibot))
+    def head_flops(self, num_cls, num_patches):
+        """FLOPs of a forward pass of the heads over so many tokens."""
+        dino = self.model.dino_head
+        ibot = getattr(self.model, "ibot_head", dino)
+        return 2 * (num_cls * count_matrix_weights(dino) + num_patches * count_matrix_weights(ibot))
 
 
-def flops(shape, teacher=None):
-    """-> FLOPs of one micro-batch on one GPU: {teacher, student, heads}; `teacher` when it is distilled."""
-    s, t, (globals_, _) = shape, teacher or shape, shape.crops
-    embedding, blocks = s.backbone_flops(s.crops, s.keep)
-    heads = 3 * s.head_flops((2 + s.L) * s.B, s.M) + t.head_flops(2 * s.B, s.M)
+def count_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_matrix_weights(head):
+    matrices = ("weight", "weight_v")
+    return sum(x.numel() for name, x in head.named_parameters() if name.endswith(matrices))
+
+
+def step_flops(student, teacher=None):
+    """FLOPs of one micro-batch on one GPU: {teacher, student, heads}.
+
+    student: its Workload; teacher: that of the frozen teacher in distillation.
+    """
+    teacher = teacher or student
+    embedding, blocks = student.backbone_flops(student.crops, student.keep_rate)
+    student_heads = student.head_flops((2 + student.L) * student.B, student.M)
+    teacher_heads = teacher.head_flops(2 * student.B, student.M)
     return dict(
-        teacher=sum(t.backbone_flops([globals_])), student=2 * embedding + 3 * blocks, heads=heads
-    )  # images need no gradient
+        teacher=sum(teacher.backbone_flops([student.global_crops])),
+        student=2 * embedding + 3 * blocks,  # images need no gradient
+        heads=3 * student_heads + teacher_heads,
+    )
 
 
-def activations(shape, half, checkpointing):
+def activation_bytes(student, half, checkpointing):
     """Bytes that the student's forward pass keeps for its backward pass, all blocks together."""
-    s, tokens = shape, shape.tokens(shape.crops)
-    two, four = (2, 4) if half else (4, 4)
+    fp32 = 4
+    compute = 2 if half else 4  # bytes of a number in the compute type
     # What a token leaves behind in a block: of D numbers two inputs of norms in fp32; in the compute type two
     # inputs of linears, q, k, v, the attention's output, two of LayerScale and, with drop path, two of its
     # scaling; and what is inside the MLP: 4 D twice, or with SwiGLU four times its width.
-    swiglu = hasattr(s.model.backbone.blocks[0].mlp, "w12")
-    inner = (s.hidden * 4 // 3 if swiglu else s.hidden) * two
-    block = s.D * (2 * four + (2 + 3 + 1 + 2 + 2 * (s.keep < 1)) * two) + inner
-    kept = dict(off=block, full=s.D * four, selective=s.D * (four + 5 * two) + inner // 2)[checkpointing]
-    return int(
-        tokens * (s.keep * s.depth * kept if checkpointing == "off" else s.depth * kept + s.keep * block)
-    )
+    drop_path = 2 if student.keep_rate < 1 else 0
+    numbers_in_mlp = student.mlp_rows * 4 // 3 if student.swiglu else student.mlp_rows
+    inside_mlp = numbers_in_mlp * compute
+    whole_block = student.D * (2 * fp32 + (2 + 3 + 1 + 2 + drop_path) * compute) + inside_mlp
+    tokens = student.tokens(student.crops)
+    if checkpointing == "off":
+        return int(tokens * (student.keep_rate * student.depth * whole_block))
+    kept = student.D * fp32
+    if checkpointing == "selective":
+        kept = student.D * (fp32 + 5 * compute) + inside_mlp // 2
+    return int(tokens * (student.depth * kept + student.keep_rate * whole_block))
 
 
-def memory(shape, cfg, gpus, half, teacher=None):
-    """-> bytes on one GPU, by what they hold. In distillation the student's average is there besides."""
-    s, P = shape, shape.size()
-    frozen = {"frozen teacher, fp32 shard": 4 * teacher.size() / gpus} if teacher else {}
-    K, wide = cfg.dino.head_n_prototypes, 2 if half else 4
-    Ki = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else K
-    largest = max(
-        sum(x.numel() for x in u.parameters()) for u in (*s.model.backbone.blocks, s.model.dino_head)
-    )
+def logits_bytes(student, cfg, half):
+    """Bytes of logits and targets of both networks."""
+    compute = 2 if half else 4
+    K = cfg.dino.head_n_prototypes
+    K_ibot = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else K
     # [CLS]: logits, fp32 copy and log-probabilities of the student; logits and targets of the teacher.
+    cls = (2 + student.L) * student.B * K * (compute + 4 + 4) + 2 * student.B * K * (compute + 4)
     # Patches: with our kernels only the logits of both, since the gradient takes the student's place.
-    cls = (2 + s.L) * s.B * K * (wide + 4 + 4) + 2 * s.B * K * (wide + 4)
-    patches = s.M * Ki * (2 * wide if half else 6 * wide)
-    return {
-        "student, fp32 shard": 4 * P / gpus, "teacher, fp32 shard": 4 * P / gpus, "gradients": 4 * P / gpus,
-        "AdamW": 8 * P / gpus, "gathered layers": 2 * wide * largest if gpus > 1 else wide * P * half,
-        "activations": activations(s, half, cfg.speed.checkpointing), "logits and targets": cls + patches,
-        "images": sum(count * n * 3 * s.p**2 * 4 for count, n in s.crops), **frozen,
-    }  # fmt: skip
+    patches = student.M * K_ibot * (2 * compute if half else 6 * compute)
+    return cls + patches
 
 
-def plan(cfg, gpus, mfu, tflops, memory_gb):
+def memory_bytes(student, cfg, gpus, half, teacher=None):
+    """-> {what it holds: bytes} on one GPU. A frozen teacher (distillation) comes on top of the average."""
+    compute = 2 if half else 4
+    size = count_parameters(student.model)
+    units = [*student.model.backbone.blocks, student.model.dino_head]
+    largest = max(count_parameters(unit) for unit in units)
+    gathered = 0
+    if gpus > 1:
+        gathered = 2 * compute * largest
+    elif half:  # autocast keeps a copy of every weight
+        gathered = compute * size
+    parts = {
+        "student, fp32 shard": 4 * size / gpus,
+        "teacher, fp32 shard": 4 * size / gpus,
+        "gradients": 4 * size / gpus,
+        "AdamW": 8 * size / gpus,
+        "gathered layers": gathered,
+        "activations": activation_bytes(student, half, cfg.speed.checkpointing),
+        "logits and targets": logits_bytes(student, cfg, half),
+        "images": sum(count * patches * 3 * student.patch_size**2 * 4 for count, patches in student.crops),
+    }
+    if teacher:
+        parts["frozen teacher, fp32 shard"] = 4 * count_parameters(teacher.model) / gpus
+    return parts
+
+
+def plan_run(cfg, gpus, mfu, tflops, memory):
     """-> the lines to print."""
-    s, half, run = Shape(cfg), cfg.compute_precision.dtype != "fp32", Path(cfg.train.distill_from)
-    teacher = Shape(config.load(run / "config.yaml")) if cfg.train.distill_from else None
-    P, work = s.size(), flops(s, teacher)
-    parts, total = memory(s, cfg, gpus, half, teacher), 0
+    student = Workload(cfg)
+    teacher = None
+    if cfg.train.distill_from:
+        teacher = Workload(config.load(Path(cfg.train.distill_from) / "config.yaml"))
+    half = cfg.compute_precision.dtype != "fp32"
+    accumulate = cfg.train.accumulate
+    flops = step_flops(student, teacher)
+    parts = memory_bytes(student, cfg, gpus, half, teacher)
+    size = count_parameters(student.model)
+    backbone = count_parameters(student.model.backbone)
+    images = student.B * gpus * accumulate
+    total_flops = accumulate * sum(flops.values())
+    seconds = total_flops / (mfu * tflops * 1e12)
     steps = total_steps(cfg)
-    images = s.B * gpus * cfg.train.accumulate
-    step = cfg.train.accumulate * sum(work.values())
-    seconds = step / (mfu * tflops * 1e12)
-    backbone = sum(x.numel() for x in s.model.backbone.parameters())
-    lines = [f"{P:,} parameters: backbone {backbone:,}, heads {P - backbone:,}"]
-    lines += [f"{images:,} images per step on {gpus} GPUs"]
-    lines += [f"on each {s.tokens(s.crops):,} tokens of the student, and about {s.M:,} masked patches"]
-    lines += ["", "memory of one GPU, GB"]
-    for name, size in parts.items():
-        lines.append(f"  {name:26s}{size / 1e9:8.2f}")
-        total += size
-    lines += [
-        f"  {'together':26s}{total / 1e9:8.2f}   of {memory_gb:g}",
+    hours = steps * seconds / 3600
+    lines = [
+        f"{size:,} parameters: backbone {backbone:,}, heads {size - backbone:,}",
+        f"{images:,} images per step on {gpus} GPUs",
+        f"on each {student.tokens(student.crops):,} tokens of the student, "
+        f"and about {student.M:,} masked patches",
+        "",
+        "memory of one GPU, GB",
+        *(f"  {name:26s}{part / 1e9:8.2f}" for name, part in parts.items()),
+        f"  {'together':26s}{sum(parts.values()) / 1e9:8.2f}   of {memory:g}",
         "",
         "work of one GPU in a step, TFLOP",
+        *(f"  {name:26s}{accumulate * part / 1e12:8.2f}" for name, part in flops.items()),
+        f"  per image {total_flops / (student.B * accumulate) / 1e9:,.1f} GFLOP",
     ]
-    lines += [f"  {name:26s}{cfg.train.accumulate * w / 1e12:8.2f}" for name, w in work.items()]
-    lines += [f"  per image {step / (s.B * cfg.train.accumulate) / 1e9:,.1f} GFLOP"]
-    if gpus > 1:  # gathered twice for the student and once for the teacher, then the gradients in fp32
-        gathered = 2 * P + (teacher or s).size()
-        traffic = cfg.train.accumulate * (gpus - 1) / gpus * (gathered * (2 if half else 4) + 4 * P)
-        lines += [f"  traffic {traffic / 1e9:.1f} GB: {traffic / seconds / 1e9:.0f} GB/s at that speed"]
-    hours = steps * seconds / 3600
-    lines += ["", f"at {mfu:.0%} of {tflops:g} TFLOP/s: {seconds:.2f} s per step, {images / seconds:,.0f} "
-              f"images/s, {hours:,.1f} hours for {steps:,} steps, {hours * gpus:,.0f} GPU-hours"]  # fmt: skip
-    if total > 0.9 * memory_gb * 1e9:
+    if gpus > 1:
+        traffic = accumulate * traffic_bytes(student, teacher or student, gpus, half)
+        lines.append(f"  traffic {traffic / 1e9:.1f} GB: {traffic / seconds / 1e9:.0f} GB/s at that speed")
+    lines += [
+        "",
+        f"at {mfu:.0%} of {tflops:g} TFLOP/s: {seconds:.2f} s per step, {images / seconds:,.0f} images/s, "
+        f"{hours:,.1f} hours for {steps:,} steps, {hours * gpus:,.0f} GPU-hours",
+    ]
+    if sum(parts.values()) > 0.9 * memory * 1e9:
         lines += ["", "warning: this will not fit (allocator and NCCL need a tenth): try more gpus, a smaller"
                   " train.batch_size_per_gpu with train.accumulate, or speed.checkpointing=full"]  # fmt: skip
     return lines
 
 
-def main(argv=None):
+def traffic_bytes(student, teacher, gpus, half):
+    """Bytes that one GPU receives in a micro-batch: weights, then gradients in fp32."""
+    size = count_parameters(student.model)
+    gathered = 2 * size + count_parameters(teacher.model)  # twice for the student, once for the teacher
+    return (gpus - 1) / gpus * (gathered * (2 if half else 4) + 4 * size)
+
+
+def parse_args(argv):
+    """-> argparse's namespace, the settings of this script, those of train.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="laptop", help="a preset: configs/NAME.yaml")
     parser.add_argument("--config", default=None, help="a YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings; gpus=, mfu=, tflops=, memory="
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value",
+                        help="settings of train.py, and gpus=, mfu=, tflops=, memory=")  # fmt: skip
     args = parser.parse_intermixed_args(argv)
-    extra, rest = dict(EXTRA), []
+    settings = dict(PLAN_SETTINGS)
+    overrides = []
     for text in args.overrides:
         name, _, value = text.partition("=")
-        if name not in EXTRA:
-            rest.append(text)
-            continue
-        try:
-            extra[name] = type(EXTRA[name])(value)
-        except ValueError:
-            extra[name] = 0
-        if not (extra[name] > 0 and math.isfinite(extra[name])):
-            raise UserError(f"{name} is {value!r}, but must be a number above 0")
-    cfg = config.load(args.config, args.model if not args.config else None, rest)
-    print("\n".join(plan(cfg, extra["gpus"], extra["mfu"], extra["tflops"], extra["memory"])))
+        if name in PLAN_SETTINGS:
+            settings[name] = parse_positive(name, value, type(PLAN_SETTINGS[name]))
+        else:
+            overrides.append(text)
+    return args, settings, overrides
+
+
+def parse_positive(name, value, kind):
+    """The text as a number of this kind. UserError unless it is finite and above 0."""
+    try:
+        number = kind(value)
+    except ValueError:
+        number = 0
+    if not (number > 0 and math.isfinite(number)):
+        raise UserError(f"{name} is {value!r}, but must be a number above 0")
+    return number
+
+
+def main(argv=None):
+    args, settings, overrides = parse_args(argv)
+    cfg = config.load(args.config, args.model if not args.config else None, overrides)
+    print("\n".join(plan_run(cfg, **settings)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Files of weights, of whatever layout, never running code from them: tensors under DINOv2's own names.
+"""Weights in foreign layouts: files of timm and Hugging Face, and the authors' training checkpoints.
 
-Read are a run's teacher.pth, Meta's released files, training checkpoints of the authors' code (blocks in
-chunks), and the files of timm and Hugging Face. features.load_backbone makes a network of what comes out.
+features.py reads run folders and Meta's released files. What is read here besides ends up under the same
+names, DINOv2's own, in the same strict load_backbone. No code from a file is ever run, and nothing is fetched
+unless `download` is called.
 
-What is unusual here: one table of names serves reading and writing (export.py); safetensors files are read
-without a package: 8 bytes that say how long the header is, the header (JSON: type, shape and place of every
-tensor), then the bytes. The file is mapped into memory, and nothing in it is believed before it is checked.
-Nothing is fetched unless `download` is called.
+One table of names serves reading and writing (export.py). safetensors files need no package: 8 bytes hold the
+length of the header; the header is JSON with the type, shape and place of every tensor; then come the bytes.
+The file is mapped into memory, and whatever its header claims is checked before it is used.
 """
 
 import json
@@ -22,16 +22,21 @@ from config import UserError
 from hubconf import _download as download
 
 WIDTHS = {"small": 384, "base": 768, "large": 1024, "giant": 1536}
-SIZE = {width: size for size, width in WIDTHS.items()}
-NAMES = (  # how Meta, timm and Hugging Face call the released models
+SIZE_OF_WIDTH = {width: size for size, width in WIDTHS.items()}
+RELEASED_NAMES = (  # of the released models at Meta, timm and Hugging Face
     r"dinov2_vit(?P<size>[sblg])14(?P<reg>_reg4)?_pretrain",
     r"vit_(?P<size>small|base|large|giant)_patch14(?P<reg>_reg4)?_dinov2",
     r"dinov2(?P<reg>-with-registers)?-(?P<size>small|base|large|giant)$",
 )
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER = 100_000_000  # bytes of a safetensors header
 
+# What shapes don't show: our own files state it, with values of these types.
+UNSEEN = {"num_heads": int, "layerscale": float, "interpolate_antialias": bool, "interpolate_offset": float}
+
+LAYOUT_COLUMNS = {"hf": 0, "timm": 1}
 QKV = "encoder.layer.#.attention.attention."
-LAYOUTS = {  # our (and Meta's) name: the same in files of transformers and of timm, without .weight and .bias
+PARAMETER_NAMES = {  # ours (and Meta's), without .weight and .bias: (transformers', timm's)
     "cls_token": ("embeddings.cls_token", "cls_token"),
     "pos_embed": ("embeddings.position_embeddings", "pos_embed"),
     "register_tokens": ("embeddings.register_tokens", "reg_token"),
@@ -51,193 +56,16 @@ LAYOUTS = {  # our (and Meta's) name: the same in files of transformers and of t
 }
 
 
-# ---------------------------------------------------------------- names
-
-
-def name_table(layout, swiglu):
-    """{our name: tuple of theirs} of one layout; timm calls both kinds of MLP fc1 and fc2."""
-    other = ("fc1", "fc2") if swiglu else ("w12", "w3")
-    theirs = {k: v[layout == "timm"] for k, v in LAYOUTS.items() if not k.endswith(other)}
-    return {k: (v,) if isinstance(v, str) else v for k, v in theirs.items() if v}
-
-
-def split_name(name):
-    """'blocks.3.norm1.bias' -> 'blocks.#.norm1', '3', '.bias'"""
-    stem, end = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name, re.S).groups()
-    number = re.search(r"^(?:blocks|encoder\.layer)\.(\d+)\.", stem)
-    return (stem.replace(number[1], "#", 1), number[1], end or "") if number else (stem, "", end or "")
-
-
-def rename(tensors, layout):
-    """Our names -> theirs."""
-    names, renamed = name_table(layout, "blocks.0.mlp.w12.weight" in tensors), {}
-    for name, x in tensors.items():
-        stem, number, end = split_name(name)
-        theirs = names.get(stem, ())
-        for new, piece in zip(theirs, x.chunk(max(len(theirs), 1))):
-            renamed[new.replace("#", number) + end] = piece
-    return renamed
-
-
-def rename_back(tensors, layout):
-    """Their names -> ours. Names that are unknown stay, for the strict loading to find."""
-    first, second = (tensors.get(f"blocks.0.mlp.{k}.weight") for k in ("fc1", "fc2"))
-    packed = None not in (first, second) and first.shape[0] != second.shape[-1]  # both halves of a SwiGLU
-    swiglu = packed or "encoder.layer.0.mlp.weights_in.weight" in tensors
-    inverse = {new: (ours, theirs) for ours, theirs in name_table(layout, swiglu).items() for new in theirs}
-    renamed = {}
-    for name, x in tensors.items():
-        stem, number, end = split_name(name)
-        ours, theirs = inverse.get(stem, (stem, (stem,)))
-        pieces = [tensors.get(t.replace("#", number) + end) for t in theirs]
-        if any(p is None for p in pieces):  # a query without its key
-            new = name
-        elif stem == theirs[0]:  # and the others with it
-            new, x = ours.replace("#", number) + end, torch.cat(pieces) if len(pieces) > 1 else x
-        else:
-            continue
-        if new in renamed:
-            raise KeyError(f"two tensors for {new}")
-        renamed[new] = x
-    return renamed
-
-
-def unchunk(tensors, path):
-    """Names of the authors' training checkpoints -> released ones.
-
-    FSDP and torch.compile add words of their own; blocks.CHUNK.INDEX counts INDEX through all chunks. Where
-    both networks are in the file, the teacher's tensors are taken.
-    """
-    words = r"(^|\.)(?:(?:module|_fsdp_wrapped_module|_orig_mod)\.)+"
-    tensors = {re.sub(words, r"\1", k): v for k, v in tensors.items()}
-    if any(k.startswith("teacher.") for k in tensors):
-        tensors = {k.removeprefix("teacher."): v for k, v in tensors.items() if k.startswith("teacher.")}
-    flat = {re.sub(r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in tensors.items()}
-    if len(flat) < len(tensors):
-        raise UserError(f"{path} counts its blocks anew in every chunk: which comes first can't be told")
-    return flat
-
-
-def to_dinov2_names(tensors, path):
-    """Tensors of any known layout under DINOv2's own names; the file's name must agree with them."""
-    tensors = unchunk(tensors, path)
-    try:
-        if "embeddings.cls_token" in tensors:
-            tensors = rename_back(tensors, "hf")
-        elif "cls_token" in tensors and "mask_token" not in tensors:
-            tensors = from_timm(tensors)
-    except (RuntimeError, IndexError, KeyError) as e:
-        raise UserError(f"{path} holds tensors that fit no DINOv2 model ({type(e).__name__}: {e})") from None
-    check_name(tensors, path)
-    return tensors
-
-
-def from_timm(tensors):
-    """timm's tensors under our names. With registers, the position of [CLS] is in the token already."""
-    tensors = rename_back(tensors, "timm")
-    cls, positions = tensors["cls_token"], tensors["pos_embed"]
-    if math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:  # patches alone: n n + 1 is no square
-        tensors["pos_embed"] = torch.cat([torch.zeros_like(cls), positions], dim=1)
-    tensors["mask_token"] = torch.zeros_like(cls[0])  # they don't keep it; whole images never meet it
-    return tensors
-
-
-def check_name(tensors, path):
-    """Refuse a file that is called after one released model and holds another."""
-    name = path.parent.name if path.stem in ("model", "pytorch_model") else path.name
-    found = next((m for m in (re.search(p, name) for p in NAMES) if m), None)
-    cls = next((tensors[k] for k in ("cls_token", "backbone.cls_token") if k in tensors), None)
-    if found is None or cls is None or not cls.dim():
-        return
-    width = next(w for size, w in WIDTHS.items() if size[0] == found["size"][0])
-    called, held = (width, bool(found["reg"])), (cls.shape[-1], any("register_tokens" in k for k in tensors))
-    if called != held:
-        a, b = (f"{SIZE.get(w, 'of another size')} (width {w}) {'with' if reg else 'without'} registers"
-                for w, reg in (called, held))  # fmt: skip
-        raise UserError(f"{path} is called after a ViT-{a} but holds a ViT-{b}: give it its right name")
-
-
-
-# ---------------------------------------------------------------- safetensors
-
-
-def read_safetensors(path):
-    """-> tensors by name, lying in the mapped file, and what it or its folder says of the network."""
-    try:
-        with open(path, "rb") as f:
-            size, length = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
-            if size < 8 or length > min(size - 8, 100_000_000):
-                raise ValueError(f"its header claims {length} bytes, the file has {size}")
-            header = json.loads(f.read(length))
-        metadata = header.pop("__metadata__", {})
-        spans = sorted((tensor_span(name, entry), name) for name, entry in header.items())
-        end = 0
-        for (start, stop), name in spans:
-            if start != end:
-                raise ValueError(f"the bytes of {name} overlap others or leave a gap")
-            end = stop
-        if end != size - 8 - length:
-            raise ValueError(f"its tensors take {end} bytes, the file has {size - 8 - length} for them")
-        arch = json.loads(metadata.get("nanodino", "{}"))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path} is no intact safetensors file ({e}): download or export it again") from None
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
-    tensors = {}
-    for (start, stop), name in spans:
-        dtype, x = DTYPES[header[name]["dtype"]], data[start:stop]
-        aligned = (8 + length + start) % dtype.itemsize == 0
-        tensors[name] = (x if aligned else x.clone()).view(dtype).view(header[name]["shape"])
-    return tensors, arch_from_metadata(arch, path, tensors)
-
-
-def tensor_span(name, entry):
-    """Where a tensor lies, (first byte, last + 1), after checking that its shape needs just so many bytes."""
-    dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not name.isprintable():
-        raise ValueError(f"it has a tensor called {name!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"{name} is of type {dtype}, weights are of {', '.join(DTYPES)}")
-    if not all(type(n) is int and 0 <= n < 2**48 for n in [*shape, *place]) or len(place) != 2:
-        raise ValueError(f"{name} has a shape {shape} at {place}")
-    if place[1] - place[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ValueError(f"{name} of shape {shape} can't lie at {place}")
-    return tuple(place)
-
-
-def arch_from_metadata(arch, path, tensors):
-    """What shapes don't show: from `arch`, as our own files hold it, or Hugging Face's config.json."""
-    free = ("num_heads", "layerscale", "interpolate_antialias", "interpolate_offset")
-    said = {k: v for k, v in arch.items() if k in free} if isinstance(arch, dict) else {}
-    width = next((x.shape[-1] for k, x in tensors.items() if k.endswith("cls_token") and x.dim()), 1)
-    beside = path.parent / "config.json"
-    if "embeddings.cls_token" in tensors and beside.is_file():
-        try:
-            there = json.loads(beside.read_text(encoding="utf-8"))
-            said.setdefault("num_heads", there["num_attention_heads"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{beside} is no config of a DINOv2 model ({type(e).__name__}: {e})") from None
-        fixed = dict(hidden_size=width, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True, mlp_ratio=4)
-        for key, value in fixed.items():
-            if there.get(key, value) != value:
-                raise UserError(f"{beside} says {key} {there[key]}: the model of {path.name} has {value}")
-    kinds = dict(zip(free, (int, float, bool, float)))
-    for key, value in said.items():
-        fits = type(value) in (kinds[key], int) and 0 <= value < 1e4
-        if not fits or (key == "num_heads" and (value < 1 or width % value)):
-            raise UserError(f"{path} says that {key} is {value!r}: no network is like that")
-    return said
-
-
-# ---------------------------------------------------------------- the --weights of every script
+# ---------------------------------------------------------------- weights of any layout
 
 
 def add_weights_args(parser):
-    """The arguments of every script for frozen features."""
-    add = parser.add_argument
-    add("--weights", default="runs/laptop", help="a run folder, a file of weights (teacher.pth, Meta's, "
-        "timm's, Hugging Face's) or a released name such as dinov2_vits14_reg4; `random:` before it: the "
-        "same network, untrained")  # fmt: skip
-    add("--download", action="store_true", help="fetch Meta's file of that name, if it is not in the cache")
+    """--weights and --download, which every script for frozen features takes."""
+    parser.add_argument("--weights", default="runs/laptop", help="a run folder, a file of weights "
+                        "(teacher.pth, Meta's, timm's, Hugging Face's) or a released name such as "
+                        "dinov2_vits14_reg4; with random: before it, the same network untrained")  # fmt: skip
+    parser.add_argument("--download", action="store_true",
+                        help="fetch Meta's file of that name if it is not in the cache")  # fmt: skip
 
 
 def open_backbone(source, fetch=False):
@@ -248,22 +76,257 @@ def open_backbone(source, fetch=False):
 
 
 def load_backbone(source):
-    """A frozen backbone in eval mode, from weights of any known layout (always strict)."""
+    """A frozen backbone in eval mode, from weights of any known layout (always strict). Raises UserError."""
     tensors, _, arch = read_weights(source)
     return features.build_backbone(tensors, arch, source)
 
 
 def read_weights(source):
-    """As features.read_weights, for any known layout: backbone tensors, head tensors, architecture (or {})."""
+    """As features.read_weights, for any known layout: backbone and head tensors, architecture (or {})."""
     path = Path(source)
-    safetensors = path / "model.safetensors" if path.is_dir() else path
-    if safetensors.suffix == ".safetensors" and safetensors.is_file():
-        path = safetensors
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if path.suffix == ".safetensors" and path.is_file():
         tensors, arch = read_safetensors(path)
     else:
         path = features.find_weights(source)
         tensors, arch = features.read_tensors(path)
-    own = any({p + "mask_token", p + "blocks.0.norm1.weight"} <= tensors.keys() for p in ("", "backbone."))
-    if not own or "dinov2" in path.name:
+    if not has_dinov2_names(tensors) or "dinov2" in path.name:
         tensors = to_dinov2_names(tensors, path)
     return *features.split_heads(tensors), arch
+
+
+def has_dinov2_names(tensors):
+    """Whether these are the tensors of a run or a released file. (timm's lack the mask token.)"""
+    names = {name.removeprefix("backbone.") for name in tensors}
+    return {"mask_token", "blocks.0.norm1.weight"} <= names
+
+
+# ---------------------------------------------------------------- names
+
+
+def names_in_layout(layout, swiglu):
+    """{our name: tuple of theirs} in the layout "hf" or "timm". timm calls both kinds of MLP fc1 and fc2."""
+    absent = ("fc1", "fc2") if swiglu else ("w12", "w3")
+    names = {}
+    for ours, row in PARAMETER_NAMES.items():
+        theirs = row[LAYOUT_COLUMNS[layout]]
+        if theirs is not None and not ours.endswith(absent):
+            names[ours] = (theirs,) if isinstance(theirs, str) else theirs
+    return names
+
+
+def split_name(name):
+    """'blocks.3.norm1.bias' -> 'blocks.#.norm1', '3', '.bias'"""
+    stem, suffix = re.fullmatch(r"(.*?)(\.weight|\.bias)?", name, re.S).groups("")
+    numbered = re.match(r"(?:blocks|encoder\.layer)\.(\d+)\.", stem)
+    if numbered is None:
+        return stem, "", suffix
+    return stem.replace(numbered[1], "#", 1), numbered[1], suffix
+
+
+def rename_to(layout, tensors):
+    """Our names -> those of the layout; tensors that have no place there are left out."""
+    names = names_in_layout(layout, swiglu="blocks.0.mlp.w12.weight" in tensors)
+    renamed = {}
+    for name, x in tensors.items():
+        stem, block, suffix = split_name(name)
+        theirs = names.get(stem)
+        if theirs:
+            for their_stem, piece in zip(theirs, x.chunk(len(theirs))):
+                renamed[their_stem.replace("#", block) + suffix] = piece
+    return renamed
+
+
+def rename_from(layout, tensors):
+    """The names of the layout -> ours. Unknown names stay, for the strict loading to find."""
+    parents = {}  # their stem -> our stem, and all their stems that are joined in it
+    for ours, theirs in names_in_layout(layout, has_swiglu(tensors)).items():
+        parents.update(dict.fromkeys(theirs, (ours, theirs)))
+    renamed = {}
+    for name, x in tensors.items():
+        stem, block, suffix = split_name(name)
+        ours, theirs = parents.get(stem, (stem, (stem,)))
+        pieces = [tensors.get(their_stem.replace("#", block) + suffix) for their_stem in theirs]
+        new_name = ours.replace("#", block) + suffix
+        if any(piece is None for piece in pieces):  # a query without its key
+            new_name = name
+        elif stem != theirs[0]:  # a key or a value: joined with its query
+            continue
+        elif len(pieces) > 1:
+            x = torch.cat(pieces)
+        if new_name in renamed:
+            raise KeyError(f"two tensors for {new_name}")
+        renamed[new_name] = x
+    return renamed
+
+
+def has_swiglu(tensors):
+    """Whether tensors under foreign names have SwiGLU MLPs. In timm's, fc1 holds both of its halves."""
+    fc1, fc2 = (tensors.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+    if fc1 is not None and fc2 is not None and fc1.shape[0] != fc2.shape[-1]:
+        return True
+    return "encoder.layer.0.mlp.weights_in.weight" in tensors
+
+
+def rename_from_training(tensors, path):
+    """Names in the authors' training checkpoints -> released ones.
+
+    FSDP and torch.compile put words of their own into the names; in blocks.CHUNK.INDEX, INDEX goes on from
+    chunk to chunk. Where the file holds both networks, the teacher's tensors are taken.
+    """
+    wrappers = r"(^|\.)(?:(?:module|_fsdp_wrapped_module|_orig_mod)\.)+"
+    unwrapped = {re.sub(wrappers, r"\1", name): x for name, x in tensors.items()}
+    teacher = {name: x for name, x in unwrapped.items() if name.startswith("teacher.")}
+    if teacher:
+        unwrapped = {name.removeprefix("teacher."): x for name, x in teacher.items()}
+    flat = {re.sub(r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1.", name): x for name, x in unwrapped.items()}
+    if len(flat) < len(unwrapped):
+        raise UserError(f"{path} numbers its blocks anew in every chunk: their order is unknown")
+    return flat
+
+
+def to_dinov2_names(tensors, path):
+    """Tensors of any known layout -> under DINOv2's own names. The name of the file must agree with them."""
+    tensors = rename_from_training(tensors, path)
+    try:
+        if "embeddings.cls_token" in tensors:
+            tensors = rename_from("hf", tensors)
+        elif "cls_token" in tensors and "mask_token" not in tensors:
+            tensors = from_timm(tensors)
+    except (RuntimeError, IndexError, KeyError) as e:
+        raise UserError(f"{path} holds tensors that fit no DINOv2 model ({type(e).__name__}: {e})") from None
+    check_file_name(tensors, path)
+    return tensors
+
+
+def from_timm(tensors):
+    """timm's tensors under our names. With registers, theirs has added the position of [CLS] to its token."""
+    tensors = rename_from("timm", tensors)
+    cls_token = tensors["cls_token"]
+    positions = tensors["pos_embed"]
+    if math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:  # of patches alone: n n + 1 is no square
+        tensors["pos_embed"] = torch.cat([torch.zeros_like(cls_token), positions], dim=1)
+    tensors["mask_token"] = torch.zeros_like(cls_token[0])  # theirs has none; whole images don't need it
+    return tensors
+
+
+def check_file_name(tensors, path):
+    """Refuse a file that is named after one released model and holds another."""
+    name = path.parent.name if path.stem in ("model", "pytorch_model") else path.name
+    matches = [re.search(pattern, name) for pattern in RELEASED_NAMES]
+    match = next((match for match in matches if match), None)
+    cls_token = tensors.get("cls_token", tensors.get("backbone.cls_token"))
+    if match is None or cls_token is None or not cls_token.dim():
+        return
+    width = next(width for size, width in WIDTHS.items() if size[0] == match["size"][0])
+    named = (width, bool(match["reg"]))
+    held = (cls_token.shape[-1], any("register_tokens" in name for name in tensors))
+    if named != held:
+        raise UserError(f"{path} is named after a ViT-{describe_released(*named)} but holds a "
+                        f"ViT-{describe_released(*held)}: give it its right name")  # fmt: skip
+
+
+def describe_released(width, has_registers):
+    """'small (width 384) with registers'"""
+    size = SIZE_OF_WIDTH.get(width, "of another size")
+    return f"{size} (width {width}) {'with' if has_registers else 'without'} registers"
+
+
+# ---------------------------------------------------------------- safetensors
+
+
+def read_safetensors(path):
+    """-> {name: tensor in the mapped file}, and the architecture as far as the file or its folder states it.
+
+    Raises UserError if the header contradicts itself or the size of the file.
+    """
+    try:
+        header, data_start, file_size = read_header(path)
+        metadata = header.pop("__metadata__", {})
+        spans = {name: tensor_span(name, entry) for name, entry in header.items()}
+        check_spans(spans, file_size - data_start)
+        arch = json.loads(metadata.get("nanodino", "{}"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path} is no intact safetensors file ({e}): download or export it again") from None
+    data = torch.from_file(str(path), shared=False, size=file_size, dtype=torch.uint8)[data_start:]
+    tensors = {}
+    for name in sorted(spans, key=spans.get):
+        start, end = spans[name]
+        dtype = DTYPES[header[name]["dtype"]]
+        x = data[start:end]
+        if (data_start + start) % dtype.itemsize:  # not aligned: view would refuse it
+            x = x.clone()
+        tensors[name] = x.view(dtype).view(header[name]["shape"])
+    return tensors, stated_arch(arch, path, tensors)
+
+
+def read_header(path):
+    """-> the header, where the bytes after it begin, and the size of the file."""
+    with open(path, "rb") as f:
+        file_size = os.fstat(f.fileno()).st_size
+        length = int.from_bytes(f.read(8), "little")
+        if file_size < 8 or length > min(file_size - 8, MAX_HEADER):
+            raise ValueError(f"its header claims {length} bytes, the file has {file_size}")
+        return json.loads(f.read(length)), 8 + length, file_size
+
+
+def tensor_span(name, entry):
+    """(first byte, last + 1) of a tensor, after checking that its shape needs exactly that many bytes."""
+    dtype = entry["dtype"]
+    shape = entry["shape"]
+    offsets = entry["data_offsets"]
+    if not name.isprintable():
+        raise ValueError(f"it has a tensor called {name!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} is of type {dtype}, weights are of {', '.join(DTYPES)}")
+    if not all(type(n) is int and 0 <= n < 2**48 for n in [*shape, *offsets]) or len(offsets) != 2:
+        raise ValueError(f"{name} has a shape {shape} at {offsets}")
+    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"{name} of shape {shape} can't lie at {offsets}")
+    return tuple(offsets)
+
+
+def check_spans(spans, size):
+    """ValueError unless the spans, one after the other, fill the `size` bytes after the header."""
+    end = 0
+    for (start, stop), name in sorted((span, name) for name, span in spans.items()):
+        if start != end:
+            raise ValueError(f"the bytes of {name} overlap others or leave a gap")
+        end = stop
+    if end != size:
+        raise ValueError(f"its tensors take {end} bytes, the file has {size} for them")
+
+
+def stated_arch(metadata, path, tensors):
+    """What shapes don't show: from the metadata of our own files, or from Hugging Face's config.json."""
+    stated = {}
+    if isinstance(metadata, dict):
+        stated = {key: value for key, value in metadata.items() if key in UNSEEN}
+    widths = [x.shape[-1] for name, x in tensors.items() if name.endswith("cls_token") and x.dim()]
+    width = widths[0] if widths else 1
+    config_file = path.parent / "config.json"
+    if "embeddings.cls_token" in tensors and config_file.is_file():
+        stated.setdefault("num_heads", read_num_heads(config_file, path, width))
+    for key, value in stated.items():
+        possible = type(value) in (UNSEEN[key], int) and 0 <= value < 1e4
+        if possible and key == "num_heads":
+            possible = value >= 1 and width % value == 0
+        if not possible:
+            raise UserError(f"{path} states that {key} is {value!r}: no network is like that")
+    return stated
+
+
+def read_num_heads(config_file, path, width):
+    """The number of heads in Hugging Face's config.json, which must describe a network of our kind."""
+    try:
+        hf_config = json.loads(config_file.read_text(encoding="utf-8"))
+        num_heads = hf_config["num_attention_heads"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{config_file} is no config of a DINOv2 model ({type(e).__name__}: {e})") from None
+    fixed = dict(hidden_size=width, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True, mlp_ratio=4)
+    for key, value in fixed.items():
+        if hf_config.get(key, value) != value:
+            found = hf_config[key]
+            raise UserError(f"{config_file} says {key} {found}: the model of {path.name} has {value}")
+    return num_heads

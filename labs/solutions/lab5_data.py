@@ -1,4 +1,4 @@
-"""Lab 5, solved: what fills its holes."""
+"""Lab 5, solved."""
 
 import numpy as np
 
@@ -7,19 +7,21 @@ def precision_recall(truth, found, reason):
     planted = {name for name, why in truth.items() if why == reason}
     dropped = {name for name, why in found.items() if why == reason}
     both = len(planted & dropped)
-    return both / len(dropped) if dropped else 1, both / len(planted) if planted else 1
+    precision = both / len(dropped) if dropped else 1
+    recall = both / len(planted) if planted else 1
+    return precision, recall
 
 
-def join(hashes, radius):
-    apart = np.bitwise_count(
-        hashes[:, None] ^ hashes
-    )  # (n, n): memory grows with the square, the real one's does not
-    yield np.argwhere(np.triu(apart <= radius, 1))
+def hamming_pairs(hashes, radius):
+    # (n, n) numbers: memory grows with the square of n; that of the real one does not.
+    distance = np.bitwise_count(hashes[:, None] ^ hashes)
+    yield np.argwhere(np.triu(distance <= radius, 1))
 
 
-def fill(sizes, total):
-    quota, wanted = np.zeros(len(sizes), int), min(total, sum(sizes))
-    for served, i in enumerate(np.argsort(sizes)):
-        quota[i] = min(sizes[i], wanted // (len(sizes) - served))
-        wanted -= quota[i]
-    return quota
+def water_fill(sizes, total):
+    quotas = np.zeros(len(sizes), int)
+    wanted = min(total, sum(sizes))
+    for served, group in enumerate(np.argsort(sizes)):
+        quotas[group] = min(sizes[group], wanted // (len(sizes) - served))
+        wanted -= quotas[group]
+    return quotas

@@ -96,7 +96,7 @@ def test_sinkhorn(n, K, tau):
 
 
 def test_through_the_loss():
-    """sinkhorn_knopp, Centering and ibot_loss, lazy and not: one switch, the same numbers."""
+    """sinkhorn_knopp, Centering and ibot_loss, fused and not: one switch, the same numbers."""
     student, teacher = logits(9, 200)
     weights = normal(9).abs()
     center = Centering(200).to(DEVICE)
@@ -105,9 +105,9 @@ def test_through_the_loss():
     for make_targets in (sinkhorn_knopp, center.targets):
         found = []
         grads = []
-        for lazy in (False, True):
+        for fused in (False, True):
             z = student.clone().requires_grad_()
-            loss = ibot_loss(z * 1.0, make_targets(teacher, 0.05, lazy=lazy), weights, 6)
+            loss = ibot_loss(z * 1.0, make_targets(teacher, 0.05, fused=fused), weights, 6)
             loss.backward()
             found.append(loss.detach())
             grads.append(z.grad)

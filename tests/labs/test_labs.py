@@ -1,4 +1,4 @@
-"""The labs hold what their pages promise: holes that say so, checks that bite, tables as printed."""
+"""The labs keep the promises of their pages: holes that say so, checks that bite, tables as printed."""
 
 import ast
 import importlib
@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,19 +24,21 @@ from scenes import Scenes
 ROOT = Path(__file__).parents[2]
 LABS = sorted((ROOT / "labs").glob("lab[0-9]_*.py"))
 HEADINGS = ["Question", "Predict", "Run", "Look", "Explain", "Change"]
-lab = pytest.mark.parametrize("lab", LABS, ids=lambda p: p.stem)
+each_lab = pytest.mark.parametrize("lab", LABS, ids=lambda path: path.stem)
 
 
 @pytest.fixture
 def run_lab(monkeypatch, tmp_path, capsys, one_thread):
-    """A lab in this process: it puts the student's functions into the real modules, and here they go back."""
+    """Runs a lab in this process, then takes the student's functions out of the real modules again."""
     monkeypatch.syspath_prepend(str(ROOT / "labs"))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # lab 6 does so too, and nothing may remain of it
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # lab 6 sets it, too, and it must not stay
     monkeypatch.setattr(Scenes, "__getitem__", Scenes.__getitem__)
     monkeypatch.chdir(tmp_path)
-    places = (ROOT, ROOT / "kernels", ROOT / "labs")
-    modules = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
-    before = [(vars(m), dict(vars(m))) for m in modules if Path(m.__file__).parent in places]
+    importlib.import_module("workbench")  # now, with all that labs change: what they find is what comes back
+    folders = [ROOT, *(ROOT / name for name in ("curation", "evals", "kernels", "labs"))]
+    files = [(module, getattr(module, "__file__", None)) for module in list(sys.modules.values())]
+    modules = [module for module, file in files if file and Path(file).parent in folders]
+    before = [(vars(module), dict(vars(module))) for module in modules]
 
     def run(lab, *flags):
         monkeypatch.setattr(sys, "argv", [str(lab), *flags])
@@ -44,73 +47,109 @@ def run_lab(monkeypatch, tmp_path, capsys, one_thread):
         return end.value.code or 0, capsys.readouterr()
 
     yield run
-    for now, then in before:
-        now.update(then)
+    for current, original in before:
+        current.update(original)
 
 
-def tables(text):
-    """Tables of Markdown -> {(first cell, name of the column): text of the cell}."""
+def read_row(line):
+    return [cell.strip() for cell in line.strip("| \n").split("|")]
+
+
+def read_tables(text):
+    """Markdown tables -> {(first cell of the row, name of the column): text of the cell}."""
     cells = {}
     for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
-        head, _, *rows = [[x.strip() for x in line.strip("| \n").split("|")] for line in block.splitlines()]
-        cells |= {(row[0], name): x for row in rows for name, x in zip(head[1:], row[1:])}
+        header, _, *rows = map(read_row, block.splitlines())
+        for row in rows:
+            cells.update({(row[0], column): cell for column, cell in zip(header[1:], row[1:])})
     return cells
 
 
-def page_of(lab):
+def read_page(lab):
     return lab.with_suffix(".md").read_text()
 
 
-def holes(lab):
+def functions_of(path):
+    return [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+
+
+def holes_of(lab):
     """{function: its sentence} for each function of the script that only raises NotImplementedError."""
-    found = {}
-    for f in ast.parse(lab.read_text()).body:
-        last = f.body[-1] if isinstance(f, ast.FunctionDef) else None
+    holes = {}
+    for function in functions_of(lab):
+        last = function.body[-1]
         if isinstance(last, ast.Raise) and last.exc.func.id == "NotImplementedError":
-            found[f.name] = ast.get_docstring(f) and ast.literal_eval(last.exc.args[0])
-    return found
+            holes[function.name] = ast.get_docstring(function) and ast.literal_eval(last.exc.args[0])
+    return holes
 
 
 def test_all_six_are_here():
-    assert [p.stem[:4] for p in LABS] == [f"lab{i}" for i in range(1, 7)]
+    assert [lab.stem[:4] for lab in LABS] == [f"lab{i}" for i in range(1, 7)]
 
 
 # ---------------------------------------------------------------- scripts
 
 
-@lab
+@each_lab
 def test_it_runs(lab, run_lab, request):
     if lab.stem == "lab6_kernel" and triton:
         request.getfixturevalue("interpreter")
-    code, said = run_lab(lab, "--solution", "--short")
-    assert code == 0, said.err
-    assert tables(said.out), "it ends with a table"
+    code, printed = run_lab(lab, "--solution", "--short")
+    assert code == 0, printed.err
+    assert read_tables(printed.out), "it ends with a table"
 
 
-@lab
+@each_lab
 def test_a_hole_says_so_in_one_sentence(lab, run_lab):
-    code, said = run_lab(lab, "--short")
-    hole = next(iter(holes(lab).values()))
+    code, printed = run_lab(lab, "--short")
+    hole = next(iter(holes_of(lab).values()))
     assert code == 1
-    assert said.err == f"error: {lab.name} has a hole: {hole}; or look with --solution\n"
+    assert printed.err == f"error: {lab.name} has a hole: {hole}; or run it with --solution\n"
 
 
-@lab
+@each_lab
 def test_script_and_solution_fit(lab):
-    """Short, numbered holes with docstrings, and one function of ours for each."""
+    """A short script of short functions, numbered holes with docstrings, one function of ours for each."""
     text = lab.read_text()
-    assert len(text.splitlines()) <= 120
-    for number, (name, sentence) in enumerate(holes(lab).items(), 1):
+    assert len(text.splitlines()) < 200
+    for function in functions_of(lab):
+        assert function.end_lineno - function.lineno < 40, function.name
+    for number, (name, sentence) in enumerate(holes_of(lab).items(), 1):
         assert sentence and sentence.startswith(f"hole {number} in {name}(): "), name
-    called = ast.literal_eval(re.search(r"run\(main, __doc__, (\[.*?\])", text, re.S)[1])
-    answers = ast.parse((lab.parent / "solutions" / lab.name).read_text())
-    ours = [f.name for f in answers.body if isinstance(f, ast.FunctionDef)]
-    assert called == list(holes(lab)) == ours and 1 <= len(ours) <= 3
+    named = ast.literal_eval(re.search(r"run_lab\(main, __doc__, (\[.*?\])", text, re.S)[1])
+    solved = [function.name for function in functions_of(lab.parent / "solutions" / lab.name)]
+    assert named == list(holes_of(lab)) == solved
+    assert 1 <= len(solved) <= 3
+
+
+# ---------------------------------------------------------------- wrong answers, easily given
+
+
+def unsharpened_center(logits, center, tau):
+    return (logits / tau - center).softmax(-1)
+
+
+def momentum_swapped(center, mean, momentum):
+    return (1 - momentum) * center + momentum * mean
+
+
+def entropies_in_nats(targets):
+    return torch.special.entr(targets).sum(1).mean(), torch.special.entr(targets.mean(0)).sum()
+
+
+def columns_last(Q):
+    Q = Q / Q.sum(1, keepdim=True)
+    return Q / Q.sum(0, keepdim=True)
+
+
+def mean_row_entropy(Q):
+    return torch.special.entr(Q).sum(1).mean().exp()
 
 
 def koleo_of_itself(features, group=0):
     x = F.normalize(features, dim=-1)
-    return -torch.log((x - x[(x @ x.T).argmax(1)] + 1e-8).norm(dim=-1) + 1e-8).mean()
+    nearest = x[(x @ x.T).argmax(1)]
+    return -torch.log((x - nearest + 1e-8).norm(dim=-1) + 1e-8).mean()
 
 
 def koleo_of_a_fixed_neighbour(features, group=0):
@@ -119,17 +158,8 @@ def koleo_of_a_fixed_neighbour(features, group=0):
     return -torch.log((x - nearest + 1e-8).norm(dim=-1) + 1e-8).mean()
 
 
-def first_patches(rng, n, wanted, cap):
-    return (np.arange(n * n) < wanted).reshape(n, n)
-
-
-def columns_last(Q):
-    Q = Q / Q.sum(1, keepdim=True)
-    return Q / Q.sum(0, keepdim=True)
-
-
-def entropies_in_nats(p):
-    return torch.special.entr(p).sum(1).mean(), torch.special.entr(p.mean(0)).sum()
+def first_patches(rng, side, count, largest_block):
+    return (np.arange(side * side) < count).reshape(side, side)
 
 
 def beyond_mean(norms, arch):
@@ -137,18 +167,25 @@ def beyond_mean(norms, arch):
     return (norms > limit).float().mean().item(), limit.item()
 
 
-def mean_over_columns(maps, r):
-    kinds = slice(0, 1), slice(1, 1 + r), slice(1 + r, None)
-    return torch.stack([torch.stack([maps[:, :, a, b].mean() for b in kinds]) for a in kinds])
+def mean_over_columns(maps, registers):
+    kinds = [slice(0, 1), slice(1, 1 + registers), slice(1 + registers, None)]
+    shares = torch.zeros(3, 3)
+    for i, rows in enumerate(kinds):
+        for j, columns in enumerate(kinds):
+            shares[i, j] = maps[:, :, rows, columns].mean()
+    return shares
 
 
 def the_other_way_round(truth, found, reason):
-    planted, dropped = ({k for k, why in x.items() if why == reason} for x in (truth, found))
-    return len(planted & dropped) / len(planted), len(planted & dropped) / len(dropped)
+    planted = {name for name, why in truth.items() if why == reason}
+    dropped = {name for name, why in found.items() if why == reason}
+    both = len(planted & dropped)
+    return both / len(planted), both / len(dropped)
 
 
 def too_near(hashes, radius):
-    yield np.argwhere(np.triu(np.bitwise_count(hashes[:, None] ^ hashes) < radius - 1, 1))
+    distance = np.bitwise_count(hashes[:, None] ^ hashes)
+    yield np.argwhere(np.triu(distance < radius - 1, 1))
 
 
 def with_itself(hashes, radius):
@@ -159,105 +196,122 @@ def in_proportion(sizes, total):
     return np.asarray(sizes) * total // np.sum(sizes)
 
 
-def no_maximum(s):
-    return s.exp() / s.exp().sum(1, keepdim=True)
+def no_maximum(scores):
+    return scores.exp() / scores.exp().sum(1, keepdim=True)
 
 
 def never_shrunk(q, k, v, block):
-    l, o = 0, 0
+    l = 0
+    o = 0
     for keys, values in zip(k.split(block), v.split(block)):
         s = q @ keys.T
         p = (s - s.max(1, keepdim=True).values).exp()
-        l, o = l + p.sum(1, keepdim=True), o + p @ values
+        l = l + p.sum(1, keepdim=True)
+        o = o + p @ values
     return o / l
 
 
 @jit
-def no_mask(q, k, v, out, n, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    rows, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
-    mine = rows[:, None] * D + d[None, :]
-    x = tl.load(q + mine, mask=rows[:, None] < n, other=0.0)
-    l, o = tl.zeros([BM], tl.float32), tl.zeros([BM, D], tl.float32)
+def no_mask(q_ptr, k_ptr, v_ptr, out_ptr, n, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    columns = tl.arange(0, D)[None, :]
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    tile = rows[:, None] * D + columns
+    q = tl.load(q_ptr + tile, mask=rows[:, None] < n, other=0.0)
     m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    o = tl.zeros([BM, D], tl.float32)
     for first in range(0, n, BN):
-        j = first + tl.arange(0, BN)
-        y = tl.load(k + j[:, None] * D + d[None, :], mask=j[:, None] < n, other=0.0)
-        z = tl.load(v + j[:, None] * D + d[None, :], mask=j[:, None] < n, other=0.0)
-        s = tl.dot(x, tl.trans(y))  # beyond n: 0, which counts as exp(0)
-        grown = tl.maximum(m, tl.max(s, 1))
-        shrink, p = tl.exp(m - grown), tl.exp(s - grown[:, None])
-        m, l, o = grown, l * shrink + tl.sum(p, 1), o * shrink[:, None] + tl.dot(p, z)
-    tl.store(out + mine, o / l[:, None], mask=rows[:, None] < n)
+        keys = first + tl.arange(0, BN)
+        key_tile = keys[:, None] * D + columns
+        keys_inside = keys[:, None] < n
+        k = tl.load(k_ptr + key_tile, mask=keys_inside, other=0.0)
+        v = tl.load(v_ptr + key_tile, mask=keys_inside, other=0.0)
+        s = tl.dot(q, tl.trans(k))  # a key beyond n gets the score 0, which counts as exp(0)
+        new_m = tl.maximum(m, tl.max(s, 1))
+        c = tl.exp(m - new_m)
+        p = tl.exp(s - new_m[:, None])
+        l = c * l + tl.sum(p, 1)
+        o = c[:, None] * o + tl.dot(p, v)
+        m = new_m
+    tl.store(out_ptr + tile, o / l[:, None], mask=rows[:, None] < n)
 
 
-WRONG = [  # what one may well write at first
-    ("lab1_collapse", "centred", lambda z, c, tau: (z / tau - c).softmax(-1)),
-    ("lab1_collapse", "moved", lambda c, mean, m: (1 - m) * c + m * mean),
+WRONG = [
+    ("lab1_collapse", "center_and_sharpen", unsharpened_center),
+    ("lab1_collapse", "move_center", momentum_swapped),
     ("lab1_collapse", "entropies", entropies_in_nats),
-    ("lab2_sinkhorn", "balanced", columns_last),
-    ("lab2_sinkhorn", "in_use", lambda Q: torch.special.entr(Q).sum(1).mean().exp()),
+    ("lab2_sinkhorn", "sinkhorn_iteration", columns_last),
+    ("lab2_sinkhorn", "prototypes_in_use", mean_row_entropy),
     ("lab3_losses", "koleo", koleo_of_itself),
     ("lab3_losses", "koleo", koleo_of_a_fixed_neighbour),
-    ("lab3_losses", "scattered", first_patches),
+    ("lab3_losses", "scattered_mask", first_patches),
     ("lab4_registers", "outliers", beyond_mean),
-    ("lab4_registers", "who_looks", mean_over_columns),
+    ("lab4_registers", "attention_shares", mean_over_columns),
     ("lab5_data", "precision_recall", the_other_way_round),
-    ("lab5_data", "join", too_near),
-    ("lab5_data", "join", with_itself),
-    ("lab5_data", "fill", in_proportion),
+    ("lab5_data", "hamming_pairs", too_near),
+    ("lab5_data", "hamming_pairs", with_itself),
+    ("lab5_data", "water_fill", in_proportion),
     ("lab6_kernel", "softmax", no_maximum),
-    ("lab6_kernel", "online", never_shrunk),
-    ("lab6_kernel", "attend", no_mask),
+    ("lab6_kernel", "online_attention", never_shrunk),
+    ("lab6_kernel", "attention_kernel", no_mask),
 ]
 
 
 @pytest.mark.parametrize("name, hole, wrong", WRONG, ids=lambda x: getattr(x, "__name__", x))
 def test_a_wrong_answer_trains_nothing(name, hole, wrong, run_lab, monkeypatch, request):
-    if hole == "attend":
+    if hole == "attention_kernel":
         request.getfixturevalue("interpreter")
     monkeypatch.setattr(importlib.import_module(f"solutions.{name}"), hole, wrong)
-    code, said = run_lab(ROOT / "labs" / f"{name}.py", "--solution", "--short")
-    assert code == 1 and said.err.startswith("error: not yet right: ")
-    assert said.out.splitlines()[-1].startswith("WRONG") and "| run" not in said.out
+    code, printed = run_lab(ROOT / "labs" / f"{name}.py", "--solution", "--short")
+    assert code == 1
+    assert printed.err.startswith("error: not right yet: ")
+    assert printed.out.splitlines()[-1].startswith("WRONG")
+    assert "| run" not in printed.out
 
 
-def test_a_check_must_reject_its_control(run_lab, capsys):
-    from workbench import Desk
+def test_a_check_must_reject_its_control(run_lab):
+    from workbench import Checker
 
-    desk = Desk(short=False)
-    desk.check("good", 1.0, 0.0, low=0.5)
-    desk.check("no effect", 0.0, 0.0, low=0.5)
-    desk.check("a bound that lets everything pass", 1.0, 0.0, low=-1)
-    desk.check("not a number", math.nan, 0.0, low=0.5)
-    assert desk.failed == ["no effect", "a bound that lets everything pass", "not a number"]
-    with pytest.raises(UserError, match="not yet right: at once"):
-        Desk(short=True).check("at once", 0.0, 0.0, low=0.5, instant=True)
-    short = Desk(short=True)
+    checker = Checker(short=False)
+    checker.check("good", 1.0, 0.0, low=0.5)
+    checker.check("no effect", 0.0, 0.0, low=0.5)
+    checker.check("a bound that lets everything pass", 1.0, 0.0, low=-1)
+    checker.check("not a number", math.nan, 0.0, low=0.5)
+    assert checker.failed == ["no effect", "a bound that lets everything pass", "not a number"]
+    with pytest.raises(UserError, match="not right yet: at once"):
+        Checker(short=True).check("at once", 0.0, 0.0, low=0.5, instant=True)
+    short = Checker(short=True)
     short.check("nothing is learned", 0.0, 0.0, low=0.5)
     assert short.failed == []
 
 
 def test_equal_seeds_mean_equal_trials(run_lab):
-    from workbench import trial
+    from workbench import run_trial
 
-    def numbers(seed):
-        return [row["loss"] for row in trial("train.batch_size_per_gpu=8", steps=2, seed=seed).rows]
+    def losses(seed):
+        trial = run_trial(SimpleNamespace(seed=seed, short=True), steps=2)
+        return [row["loss"] for row in trial.rows]
 
-    assert numbers(0) == numbers(0) != numbers(1)
+    assert losses(0) == losses(0) != losses(1)
 
 
 # ---------------------------------------------------------------- pages
 
 
-@lab
+@each_lab
 def test_page(lab):
     """Six headings, its own command, settings and files that exist, a table with its tolerance."""
-    page = page_of(lab)
+    page = read_page(lab)
     assert re.findall(r"^## (\w+)", page, re.M) == HEADINGS
-    commands = [shlex.split(c) for c in re.findall(r"^python [^#\n]+", page, re.M)]
-    assert any(words[1] == f"labs/{lab.name}" for words in commands)
-    for words in commands:
-        assert (ROOT / words[1]).is_file(), words
+    scripts = []
+    for line in re.findall(r"^ *python [^#\n]+", page, re.M):
+        _, script, *rest = shlex.split(line)
+        if script == "-m":
+            script = rest[0].replace(".", "/") + ".py"
+        scripts.append(script)
+    assert f"labs/{lab.name}" in scripts
+    for script in scripts:
+        assert (ROOT / script).is_file(), script
     for link in re.findall(r"\]\(([^)#]+)\)", page):
         assert "//" in link or (lab.parent / link).exists(), link
     sections = "|".join(config.SECTIONS)
@@ -265,21 +319,23 @@ def test_page(lab):
         assert name in config.KINDS or (ROOT / f"{name.split('.')[0]}.py").exists(), name
     for setting in re.findall(rf"\b((?:{sections})\.\w+=[^\s\"`]+)", page):
         config.load(None, "laptop", [setting])
-    assert any(row == "tolerance" for row, _ in tables(page))
+    assert any(row == "tolerance" for row, _ in read_tables(page))
 
 
 @pytest.mark.slow
-@lab
+@each_lab
 def test_page_tells_what_is_printed(lab, tmp_path):
     """The whole lab, as a student starts it: every number lies within the range of its page, widened by the
     tolerance of its column."""
     command = [sys.executable, str(lab), "--solution"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    told, printed = tables(page_of(lab)), tables(done.stdout)
-    assert printed and not printed.keys() - told.keys()
+    expected = read_tables(read_page(lab))
+    printed = read_tables(done.stdout)
+    assert printed and not printed.keys() - expected.keys()
     for (row, column), text in printed.items():
-        expected, slack = told[row, column], float(told["tolerance", column])
-        numbers = [float(x) for x in re.findall(r"(?<![\d.])-?\d+\.?\d*", expected)]  # mean (lowest-highest)
-        close = min(numbers) - slack <= float(text) <= max(numbers) + slack
-        assert close, f"{row}, {column}: {text} instead of {expected}"
+        cell = expected[row, column]  # mean (lowest-highest)
+        numbers = [float(number) for number in re.findall(r"(?<![\d.])-?\d+\.?\d*", cell)]
+        tolerance = float(expected["tolerance", column])
+        close = min(numbers) - tolerance <= float(text) <= max(numbers) + tolerance
+        assert close, f"{row}, {column}: {text} instead of {cell}"

@@ -1,4 +1,4 @@
-"""The race of the labs: `labs/speedrun.sh check` knows a log that keeps the rules from one that does not."""
+"""The race of the labs: `labs/speedrun.sh check` tells logs that keep the rules from those that do not."""
 
 import json
 import shutil
@@ -22,17 +22,17 @@ BREACHES = {
 
 
 def check(tmp_path, result=(), settings=(), seeds=(0, 1, 2)):
-    """Logs as the script copies them, with these numbers and settings -> what `check` says of them."""
-    about = dict(threads=2, gpus=[], processes=1, git_commit="0123456789abc", git_diff="", cpu="a CPU")
+    """Run `check` on logs like those the script copies, with these numbers and settings -> its process."""
+    environment = dict(threads=2, gpus=[], processes=1, git_commit="0123456789abc", git_diff="", cpu="a CPU")
     for seed in seeds:
         log = tmp_path / f"laptop-seed-{seed}"
         log.mkdir()
         own = ["speed.device=cpu", "speed.threads=2", f"train.seed={seed}", *settings]
         (log / "config.yaml").write_text(config.load(None, "laptop", own).to_yaml())
-        (log / "environment.json").write_text(json.dumps(about))
+        (log / "environment.json").write_text(json.dumps(environment))
         (log / "result.json").write_text(json.dumps(RESULT | dict(result)))
         (log / "metrics.jsonl").write_text("")
-    command = ["bash", SCRIPT, "check", tmp_path.name]  # a relative path is seen from where one is
+    command = ["bash", SCRIPT, "check", tmp_path.name]  # a path relative to where the user is
     return subprocess.run(command, cwd=tmp_path.parent, capture_output=True, text=True)
 
 
@@ -42,18 +42,22 @@ def test_logs_that_keep_the_rules(tmp_path):
     assert done.stdout.startswith("| 012345678 | 3 | 0.830 (0.830-0.830) | 290 | a CPU |")
 
 
-@pytest.mark.parametrize("said", BREACHES)
-def test_a_broken_rule_is_named(said, tmp_path):
-    done = check(tmp_path, *BREACHES[said])
-    assert done.returncode == 1 and f"laptop-seed-0: {said}" in done.stderr, done
-    assert "no row for the table" in done.stderr and not done.stdout
+@pytest.mark.parametrize("complaint", BREACHES)
+def test_a_broken_rule_is_named(complaint, tmp_path):
+    done = check(tmp_path, *BREACHES[complaint])
+    assert done.returncode == 1
+    assert f"laptop-seed-0: {complaint}" in done.stderr
+    assert "no row for the table" in done.stderr
+    assert not done.stdout
 
 
 def test_one_good_seed_is_luck(tmp_path):
     done = check(tmp_path, seeds=[0])
-    assert done.returncode == 1 and "three runs are wanted, of seeds 0, 1 and 2" in done.stderr
+    assert done.returncode == 1
+    assert "the race takes three runs, with seeds 0, 1 and 2" in done.stderr
 
 
-def test_what_is_no_log(tmp_path):
+def test_a_folder_without_logs(tmp_path):
     done = subprocess.run(["bash", SCRIPT, "check", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 1 and "holds no run of a race" in done.stderr
+    assert done.returncode == 1
+    assert "holds no run of a race" in done.stderr

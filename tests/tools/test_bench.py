@@ -1,6 +1,11 @@
-"""bench.py: the plain ways compute what the shipped ones compute, and a row that fails costs only itself."""
+"""tools/bench.py: the plain ways compute what the shipped ones compute, and a row that fails costs only
+itself, as tools/isolation.py promises."""
 
 import json
+import os
+import time
+from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,129 +17,170 @@ from config import UserError
 from kernels import attention
 from optim import compute_schedules
 from tools import bench, plan
+from tools.isolation import run_isolated
 
 SMALL = ["train.batch_size_per_gpu=4", "crops.global_crops_size=16", "crops.local_crops_size=8",
          "crops.local_crops_number=2", "dino.head_n_prototypes=40", "train.num_workers=0"]  # fmt: skip
 ROW = dict(part="presets", model="debug", off=[], settings=SMALL, steps=1, tflops=0.0)
+NO_DROP_PATH = "student.drop_path_rate=0"
 
 
-def step(off, *settings):
-    """One real step -> (metrics, gradients), and what attention and the iBOT loss were given."""
-    cfg, seen = config.load(model="debug", overrides=[*SMALL, *settings]), dict(groups=[], targets=[])
+class Step(NamedTuple):
+    """One real training step."""
 
-    def spy(qkv, groups, *rest):
-        seen["groups"].append(groups)
-        return attention.attention(qkv, groups, *rest)
+    metrics: dict
+    gradients: dict
+    groups: list  # of every call of attention
+    targets: list  # the types of what the iBOT loss was given
+    stream: torch.dtype  # of what flows from the first block to the second
+    compiled: bool
 
-    def look(block, given, out):
-        seen["stream"] = out.dtype
 
-    def eye(student, targets, *rest):
-        seen["targets"].append(type(targets))
-        return losses(student, targets, *rest)
+def take_step(off, *settings):
+    """One step without the optimisations in `off`."""
+    cfg = config.load(model="debug", overrides=[*SMALL, *settings])
+    groups = []
+    targets = []
+    stream = []
+    real_loss = train.ibot_loss
 
-    losses = train.ibot_loss
-    with pytest.MonkeyPatch.context() as patch, bench.without(off, cfg):
-        patch.setattr(model, "attention", spy)
-        patch.setattr(train, "ibot_loss", eye)
+    def spy_on_attention(qkv, groups_of_call, *rest):
+        groups.append(groups_of_call)
+        return attention.attention(qkv, groups_of_call, *rest)
+
+    def spy_on_loss(student, targets_of_call, *rest):
+        targets.append(type(targets_of_call))
+        return real_loss(student, targets_of_call, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, bench.disabled(off, cfg):
+        patch.setattr(model, "attention", spy_on_attention)
+        patch.setattr(train, "ibot_loss", spy_on_loss)
         torch.manual_seed(0)
-        t, batch = train.TrainState(cfg), next(bench.noise(cfg, torch.device("cpu")))
-        seen["compiled"] = hasattr(t.student.backbone.blocks[0].forward, "_torchdynamo_orig_callable")
-        t.student.backbone.blocks[0].register_forward_hook(look)
+        state = train.TrainState(cfg)
+        batch = next(bench.noise_batches(cfg, torch.device("cpu")))
+        block = state.student.backbone.blocks[0]
+        compiled = hasattr(block.forward, "_torchdynamo_orig_callable")
+        block.register_forward_hook(lambda block, given, out: stream.append(out.dtype))
         torch.manual_seed(1)  # drop path
-        metrics = train.train_step(t, [batch], compute_schedules(cfg, 0), cfg)
-    return metrics, {name: p.grad for name, p in t.student.named_parameters()}, seen
+        metrics = train.train_step(state, [batch], compute_schedules(cfg, 0), cfg)
+    gradients = {name: p.grad for name, p in state.student.named_parameters()}
+    return Step(metrics, gradients, groups, targets, stream[-1], compiled)
 
 
-def same(a, b):
-    for mine, other in zip(a[:2], b[:2]):
-        assert mine.keys() == other.keys()
-        for name in mine:
-            if mine[name] is None:
-                assert other[name] is None, name
+def same_numbers(ours, plain):
+    for a, b in ((ours.metrics, plain.metrics), (ours.gradients, plain.gradients)):
+        assert a.keys() == b.keys()
+        for name in a:
+            if a[name] is None:
+                assert b[name] is None, name
             else:
-                torch.testing.assert_close(mine[name], other[name], rtol=1e-4, atol=1e-6, msg=name)
+                torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
 def test_without_packing(centering):
-    settings = f"train.centering={centering}", "student.drop_path_rate=0"
-    packed, apart = step([], *settings), step(["packing"], *settings)
-    same(packed, apart)
-    assert {len(g) for g in packed[2]["groups"]} == {1, 2} and {len(g) for g in apart[2]["groups"]} == {1}
+    settings = (f"train.centering={centering}", NO_DROP_PATH)
+    packed = take_step([], *settings)
+    apart = take_step(["packing"], *settings)
+    same_numbers(packed, apart)
+    assert {len(groups) for groups in packed.groups} == {1, 2}
+    assert {len(groups) for groups in apart.groups} == {1}
 
 
 @pytest.mark.parametrize("rate", [0, 0.3, 0.6])
 def test_without_the_batch_subset(rate):
     """The same draws drop the same images, so even with drop path every number is the same."""
-    subset = step([], f"student.drop_path_rate={rate}")
-    masked = step(["drop-path subset"], f"student.drop_path_rate={rate}")
-    same(subset, masked)
-    computed = [sum(b * n for groups in seen["groups"] for b, n in groups) for *_, seen in (subset, masked)]
-    assert computed[0] == computed[1] if rate == 0 else computed[0] < computed[1]
+    subset = take_step([], f"student.drop_path_rate={rate}")
+    masked = take_step(["drop-path subset"], f"student.drop_path_rate={rate}")
+    same_numbers(subset, masked)
+    if rate == 0:
+        assert count_tokens(subset) == count_tokens(masked)
+    else:
+        assert count_tokens(subset) < count_tokens(masked)
+
+
+def count_tokens(step):
+    """That attention has seen."""
+    total = 0
+    for groups in step.groups:
+        total += sum(b * length for b, length in groups)
+    return total
 
 
 def test_drop_path_by_mask_keeps_the_expectation():
-    x, groups = torch.zeros(6 * 3 + 4 * 2, 5), [(6, 3), (4, 2)]
-    y = bench.drop_path_by_mask(x, groups, lambda x, groups: x + 1, 0.5)
-    assert y.mean() == 1 and sorted(y.unique().tolist()) == [0, 2]
+    x = torch.zeros(6 * 3 + 4 * 2, 5)
+    y = bench.drop_path_by_mask(x, [(6, 3), (4, 2)], lambda x, groups: x + 1, 0.5)
+    assert y.mean() == 1
+    assert sorted(y.unique().tolist()) == [0, 2]
     assert all(len(image.unique()) == 1 for image in y[:18].view(6, 15))  # an image is dropped as a whole
 
 
 def test_without_kernels(monkeypatch, interpreter):
     """Triton's interpreter beside PyTorch; without the fused losses attention stays with Triton."""
     monkeypatch.setattr(attention, "CHOICE", "triton")
-    settings = "student.drop_path_rate=0", "crops.local_crops_number=0", "train.batch_size_per_gpu=1"
-    used, real = [], attention.attention_forward
-    monkeypatch.setattr(attention, "attention_forward", lambda *x: used.append(1) or real(*x))
-    on, count = step([], *settings), len(used)
-    for off, expected in (("fused losses", 2 * count), ("kernels", 2 * count)):  # the last adds none
-        plain = step([off], *settings)
-        same(on, plain)
-        assert len(used) == expected > 0
-        assert on[2]["targets"] == [train.SoftTargets] and plain[2]["targets"] == [torch.Tensor]
+    settings = (NO_DROP_PATH, "crops.local_crops_number=0", "train.batch_size_per_gpu=1")
+    calls = []
+    real_forward = attention.attention_forward
+
+    def counted(*given):
+        calls.append(given)
+        return real_forward(*given)
+
+    monkeypatch.setattr(attention, "attention_forward", counted)
+    ours = take_step([], *settings)
+    count = len(calls)
+    assert count > 0
+    for off in ("fused losses", "kernels"):
+        plain = take_step([off], *settings)
+        same_numbers(ours, plain)
+        assert len(calls) == 2 * count  # the last has added none
+        assert ours.targets == [train.SoftTargets] and plain.targets == [torch.Tensor]
 
 
 def test_without_the_16_bit_stream():
     for off, stream in ([], torch.bfloat16), (["16-bit stream"], torch.float32):
-        assert step(off, "compute_precision.dtype=bf16")[2]["stream"] == stream
-        assert step(off)[2]["stream"] == torch.float32
+        assert take_step(off, "compute_precision.dtype=bf16").stream == stream
+        assert take_step(off).stream == torch.float32
 
 
 def test_without_all_six():
-    rate = "student.drop_path_rate=0"
-    on, plain = step([], rate), step(list(bench.MEASURES), rate, "speed.compile=on")
-    same(on, plain)
-    assert not plain[2]["compiled"]
+    ours = take_step([], NO_DROP_PATH)
+    plain = take_step(bench.OPTIMIZATIONS, NO_DROP_PATH, "speed.compile=on")
+    same_numbers(ours, plain)
+    assert not plain.compiled
 
 
 @pytest.mark.parametrize("settings", [[], ["ibot.mask_sample_probability=0"], ["crops.local_crops_number=0"]])
 def test_noise_keeps_the_contract_of_the_loader(settings):
     cfg = config.load(model="debug", overrides=[*SMALL, *settings])
-    real = train.make_loader(cfg, train.open_source("scenes:20"), "cpu")
-    for a, b, _ in zip(real, bench.noise(cfg, torch.device("cpu")), range(2)):
-        assert a.keys() == b.keys()
-        for key in a:
-            if torch.is_tensor(a[key]):
-                assert (a[key].shape, a[key].dtype) == (b[key].shape, b[key].dtype), key
+    real_batches = train.make_loader(cfg, train.open_source("scenes:20"), "cpu")
+    for real, noise, _ in zip(real_batches, bench.noise_batches(cfg, torch.device("cpu")), range(2)):
+        assert real.keys() == noise.keys()
+        for key in real:
+            if torch.is_tensor(real[key]):
+                assert (real[key].shape, real[key].dtype) == (noise[key].shape, noise[key].dtype), key
             else:
-                assert a[key] == b[key], key
+                assert real[key] == noise[key], key
         if not settings:
-            assert all(torch.equal(a[k], b[k]) for k in ("masks", "mask_indices", "mask_weights", "samples"))
+            for key in ("masks", "mask_indices", "mask_weights", "samples"):
+                assert torch.equal(real[key], noise[key]), key
 
 
 def test_the_arithmetic_of_a_row():
     cfg = config.load(model="debug", overrides=[*SMALL, "train.accumulate=2"])
-    t, flop = train.TrainState(cfg), 2 * sum(plan.flops(plan.Shape(cfg)).values())
-    times = [(9, 99), (1, 3), (0, 1), (1, 5)]  # waited, in all: one of warm-up, three timed
-    found = bench.report(t, cfg, times, [(5.0, 0.0), (4.0, 1.0)], 3, tflops=1e-6)
-    assert found["step_ms"] == 2000 and found["images_per_second"] == 4 and found["first_step_s"] == 99
-    assert (found["fastest_ms"], found["slowest_ms"]) == (1000, 4000)
-    assert found["mfu"] == pytest.approx(flop / 2 / 1e6) and "failed" not in found and found["skipped"] == 1
-    assert bench.report(t, cfg, times, [(5.0, 0.0)], 3, 0)["mfu"] is None
-    assert bench.report(t, cfg, times, [(float("nan"), 1.0)], 3, 0)["failed"] == "a loss is not finite"
-    wait = bench.data_wait(cfg, times[1:])
-    assert wait["wait_share"] == 2 / 9 and wait["images_per_second"] == pytest.approx(24 / 9)
+    state = train.TrainState(cfg)
+    flops = 2 * sum(plan.step_flops(plan.Workload(cfg)).values())
+    times = [bench.StepTime(*seconds) for seconds in ((9, 99), (1, 3), (0, 1), (1, 5))]  # the first: warm-up
+    row = bench.summarize_row(state, cfg, times, [(5.0, 0.0), (4.0, 1.0)], 3, tflops=1e-6)
+    assert row["step_ms"] == 2000 and row["images_per_second"] == 4 and row["first_step_s"] == 99
+    assert (row["fastest_ms"], row["slowest_ms"]) == (1000, 4000)
+    assert row["mfu"] == pytest.approx(flops / 2 / 1e6)
+    assert "failed" not in row and row["skipped"] == 1
+    assert bench.summarize_row(state, cfg, times, [(5.0, 0.0)], 3, 0)["mfu"] is None
+    nan_row = bench.summarize_row(state, cfg, times, [(float("nan"), 1.0)], 3, 0)
+    assert nan_row["failed"] == "a loss is not finite"
+    waits = bench.summarize_waits(cfg, times[1:])
+    assert waits["wait_share"] == 2 / 9 and waits["images_per_second"] == pytest.approx(24 / 9)
 
 
 def test_peaks():
@@ -146,29 +192,38 @@ def test_peaks():
 
 def test_dry_run(tmp_path, capsys, monkeypatch):
     """All of it in miniature; a row out of memory says so and the next one is measured; --resume mends it."""
-    out, real, counted = tmp_path / "bench.json", bench.train_step, []
+    out = tmp_path / "bench.json"
+    command = ["--out", str(out), "--steps", "1", "tflops=1", *SMALL]
+    too_large = [list(bench.OPTIMIZATIONS), ["packing"]]
+    real_step = bench.train_step
 
-    def hungry(*given):
-        if tight and model.VisionTransformer.forward_crops is bench.one_size_at_a_time:
+    def hungry_step(*given):
+        if model.VisionTransformer.forward_crops is bench.forward_crops_separately:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*given)
+        return real_step(*given)
 
-    tight = True
-    monkeypatch.setattr(bench, "train_step", hungry)
-    bench.main(["--out", str(out), "--steps", "1", "tflops=1", *SMALL])
-    said, rows = capsys.readouterr().out, json.loads(out.read_text())["rows"]
-    assert "say nothing about a GPU" in said and len(rows) == 1 + 8 + 1
-    assert [r["off"] for r in rows if "failed" in r] == [list(bench.MEASURES), ["packing"]]
-    assert "| debug, without packing | out of memory | - |" in said and "| debug, without compile |" in said
-    assert all(len(r["losses"]) == bench.WARM_UP + 1 and r["mfu"] > 0 for r in rows if "failed" not in r)
-    assert out.with_suffix(".md").read_text() in said and rows[-1]["wait_share"] > 0
+    monkeypatch.setattr(bench, "train_step", hungry_step)
+    bench.main(command)
+    printed = capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert "say nothing about a GPU" in printed and len(rows) == 1 + 8 + 1
+    assert [row["off"] for row in rows if "failed" in row] == too_large
+    assert "| debug, without packing | out of memory | - |" in printed
+    assert "| debug, without compile |" in printed
+    for row in rows:
+        if "failed" not in row:
+            assert len(row["losses"]) == bench.WARM_UP + 1 and row["mfu"] > 0
+    assert out.with_suffix(".md").read_text() in printed and rows[-1]["wait_share"] > 0
 
-    tight = False
-    monkeypatch.setattr(
-        bench, "measure", lambda row: counted.append(row["off"]) or dict(images_per_second=1.0)
-    )
-    bench.main(["--out", str(out), "--steps", "1", "tflops=1", *SMALL, "--resume"])
-    assert counted == [list(bench.MEASURES), ["packing"]] and len(json.loads(out.read_text())["rows"]) == 10
+    measured = []
+
+    def count_rows(row):
+        measured.append(row["off"])
+        return dict(images_per_second=1.0)
+
+    monkeypatch.setattr(bench, "measure_row", count_rows)
+    bench.main([*command, "--resume"])
+    assert measured == too_large and len(json.loads(out.read_text())["rows"]) == 10
 
 
 def test_no_time_no_row(capsys):
@@ -176,14 +231,64 @@ def test_no_time_no_row(capsys):
     assert "| laptop | not measured: out of time | - | - |" in capsys.readouterr().out
 
 
-def test_a_row_in_its_own_process(tmp_path, monkeypatch):
+def test_a_row_in_its_own_process(monkeypatch, capfd):
     """Its numbers come back; a crash and lateness are reasons, not the end."""
-    assert len(bench.isolated(ROW, 120)["losses"]) == bench.WARM_UP + 1
-    script = tmp_path / "crash.py"
-    script.write_text("import time, sys; time.sleep(30 * ('slow' in sys.argv[2])); 1 / 0")
-    monkeypatch.setattr(bench, "__file__", str(script))
-    assert bench.isolated(ROW, 120) == dict(failed="exit code 1: ZeroDivisionError: division by zero")
-    assert bench.isolated(ROW | dict(model="slow"), 0.1) == dict(failed="not measured: out of time")
+    assert len(bench.measure_isolated(ROW, 120)["losses"]) == bench.WARM_UP + 1
+
+    def crash(row):
+        time.sleep(30 if row["model"] == "slow" else 0)
+        1 / 0  # noqa: B018
+
+    monkeypatch.setattr(bench, "measure_row", crash)
+    assert bench.measure_isolated(ROW, 120) == dict(failed="ZeroDivisionError: division by zero")
+    assert "in crash" in capfd.readouterr().err, "the traceback is shown"
+    slow = ROW | dict(model="slow")
+    assert bench.measure_isolated(slow, 0.1) == dict(failed="not measured: out of time")
+
+
+def test_isolated_functions_run_side_by_side(tmp_path):
+    """Each waits for the other: together they end at once, one after the other never."""
+
+    def meet(mine, other):
+        (tmp_path / mine).touch()
+        while not (tmp_path / other).exists():
+            time.sleep(0.01)
+        return mine
+
+    functions = {"a": partial(meet, "a", "b"), "b": partial(meet, "b", "a")}
+    outcomes = run_isolated(functions, parallel=2, limit=60)
+    assert {name: outcome.value for name, outcome in outcomes.items()} == {"a": "a", "b": "b"}
+    (tmp_path / "b").unlink()
+    assert run_isolated({"a": functions["a"]}, limit=0.3)["a"].failure == "stopped: it took too long"
+
+
+def test_what_an_isolated_function_starts_ends_with_it(tmp_path):
+    """Whether it ends or is stopped."""
+
+    def start_another(seconds):
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+        (tmp_path / "pid").write_text(str(pid))
+        time.sleep(seconds)
+
+    for seconds in (0, 60):
+        run_isolated({"one": partial(start_another, seconds)}, limit=1, own_group=True)
+        assert is_gone(int((tmp_path / "pid").read_text()))
+
+
+def is_gone(pid):
+    """Whether a process ends within seconds (a zombie, with nobody to collect it, has ended)."""
+    for _ in range(500):
+        try:
+            with open(f"/proc/{pid}/stat") as f:
+                if f.read().rpartition(")")[2].split()[0] == "Z":
+                    return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 @pytest.mark.parametrize("wrong", [["tflops=many"], ["--steps", "0"], ["optim.base_ir=1"]])

@@ -1,4 +1,4 @@
-"""plan.py against what PyTorch counts in a real step."""
+"""tools/plan.py against what PyTorch counts in a real step."""
 
 import pytest
 import torch
@@ -15,14 +15,16 @@ SMALL = ["train.dataset_path=scenes:40", "train.batch_size_per_gpu=4", "dino.hea
          "ibot.head_n_prototypes=300", "student.drop_path_rate=0"]  # fmt: skip
 
 
-def real(*settings):
-    """A configuration, its Shape with the real number of masked patches, a TrainState and a batch."""
+def real_step(*settings):
+    """A configuration, its Workload with the real number of masked patches, a TrainState and a batch."""
     cfg = config.load(model="debug", overrides=[*SMALL, *settings])
-    source = train.open_source(cfg.train.dataset_path)
-    batch, shape = next(train.make_loader(cfg, source, "cpu")), plan.Shape(cfg)
-    assert 0.8 < len(batch["mask_indices"]) / shape.M <= 1.05  # the estimate: counts are rounded down
-    shape.M = len(batch["mask_indices"])
-    return cfg, shape, train.TrainState(cfg), batch
+    dataset = train.open_source(cfg.train.dataset_path)
+    batch = next(train.make_loader(cfg, dataset, "cpu"))
+    workload = plan.Workload(cfg)
+    masked = len(batch["mask_indices"])
+    assert 0.8 < masked / workload.M <= 1.05  # the estimate: counts are rounded down
+    workload.M = masked
+    return cfg, workload, train.TrainState(cfg), batch
 
 
 @pytest.mark.parametrize("settings,tolerance", [
@@ -30,16 +32,19 @@ def real(*settings):
     (["student.arch=vit_small", "crops.local_crops_number=3"], 1e-4), (["student.drop_path_rate=0.5"], 1e-2),
 ])  # fmt: skip
 def test_flops_are_what_a_step_does(settings, tolerance):
-    cfg, shape, t, batch = real(*settings)
+    cfg, workload, state, batch = real_step(*settings)
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
-        train.train_step(t, [batch], compute_schedules(cfg, 0), cfg)
-    assert counted.get_total_flops() == pytest.approx(sum(plan.flops(shape).values()), rel=tolerance)
+        train.train_step(state, [batch], compute_schedules(cfg, 0), cfg)
+    planned = sum(plan.step_flops(workload).values())
+    assert counted.get_total_flops() == pytest.approx(planned, rel=tolerance)
 
 
 @pytest.mark.parametrize("settings", [[], ["student.ffn_layer=swiglu"], ["student.drop_path_rate=0.5"]])
 def test_bytes_are_what_a_step_keeps(settings):
-    cfg, shape, t, batch = real("student.arch=vit_small", *settings)
-    weights, kept, alive = {p.data_ptr() for p in t.student.parameters()}, {}, []
+    cfg, workload, state, batch = real_step("student.arch=vit_small", *settings)
+    weights = {p.data_ptr() for p in state.student.parameters()}
+    kept = {}
+    alive = []
 
     def keep(x):
         alive.append(x)  # or its address would be given away again
@@ -48,34 +53,44 @@ def test_bytes_are_what_a_step_keeps(settings):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        t.student.backbone.forward_crops([batch["globals"], batch["locals"]], [batch["masks"], None])
-    assert 0.95 < sum(kept.values()) / plan.activations(shape, False, "off") < 1.15
+        state.student.backbone.forward_crops([batch["globals"], batch["locals"]], [batch["masks"], None])
+    assert 0.95 < sum(kept.values()) / plan.activation_bytes(workload, False, "off") < 1.15
+
+
+def num_bytes(tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def test_states_are_what_the_optimizer_holds():
-    cfg, shape, t, batch = real()
-    train.train_step(t, [batch], compute_schedules(cfg, 0), cfg)
-    size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)  # noqa: E731
-    moments = [v for s in t.optimizer.state.values() for k, v in s.items() if k.startswith("exp_avg")]
-    parts = plan.memory(shape, cfg, 1, half=False)
-    assert parts["student, fp32 shard"] == size(t.student.parameters()) and parts["AdamW"] == size(moments)
-    assert parts["gradients"] == size(p.grad for p in t.student.parameters())
-    assert plan.memory(shape, cfg, 8, half=False)["AdamW"] == parts["AdamW"] / 8
+    cfg, workload, state, batch = real_step()
+    train.train_step(state, [batch], compute_schedules(cfg, 0), cfg)
+    moments = []
+    for parameter_state in state.optimizer.state.values():
+        moments += [parameter_state["exp_avg"], parameter_state["exp_avg_sq"]]
+    memory = plan.memory_bytes(workload, cfg, 1, half=False)
+    assert memory["student, fp32 shard"] == num_bytes(state.student.parameters())
+    assert memory["AdamW"] == num_bytes(moments)
+    assert memory["gradients"] == num_bytes(p.grad for p in state.student.parameters())
+    assert plan.memory_bytes(workload, cfg, 8, half=False)["AdamW"] == memory["AdamW"] / 8
 
 
-def test_it_speaks(capsys):
+def test_the_plan_of_a_preset(capsys):
     plan.main(["--model", "vitg14", "gpus=256"])
-    said = capsys.readouterr().out
-    assert "1,234,925,184 parameters" in said and "3,072 images per step" in said and "GPU-hours" in said
-    assert "will not fit" not in said
+    printed = capsys.readouterr().out
+    assert "1,234,925,184 parameters" in printed
+    assert "3,072 images per step" in printed and "GPU-hours" in printed
+    assert "will not fit" not in printed
     plan.main(["--model", "vitg14", "train.batch_size_per_gpu=64", "memory=24"])
     assert "warning: this will not fit" in capsys.readouterr().out
-    less = plan.plan(config.load(model="vitg14", overrides=["speed.checkpointing=full"]), 8, 0.4, 989, 80)
-    more = plan.plan(config.load(model="vitg14"), 8, 0.4, 989, 80)
-    activations = [
-        float(line.split()[-1]) for lines in (less, more) for line in lines if "activations" in line
-    ]
-    assert activations[0] < 0.2 * activations[1]
+
+
+def test_checkpointing_saves_activations():
+    def planned_activations(overrides):
+        lines = plan.plan_run(config.load(model="vitg14", overrides=overrides), 8, 0.4, 989, 80)
+        (line,) = [line for line in lines if "activations" in line]
+        return float(line.split()[-1])
+
+    assert planned_activations(["speed.checkpointing=full"]) < 0.2 * planned_activations([])
 
 
 @pytest.mark.parametrize("wrong", ["gpus=none", "gpus=0", "mfu=-1", "memory=inf"])

@@ -1,0 +1,44 @@
+"""The nearest neighbours of images: what the command prints, and its two pictures."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_eval_knn import check_printed_predictions, make_color_sets
+
+from config import UserError
+from eval_knn import calibration
+from evals import neighbours
+from evals.neighbours import reliability_plot
+
+
+def test_bars_are_as_high_as_the_accuracy():
+    """Coloured pixels as high as the accuracy of a bin; nothing in an empty one."""
+    share = torch.tensor([0.95] * 8 + [0.55] * 8)
+    right = torch.tensor([True] * 8 + [False, True] * 4)
+    error, bins = calibration(share, right)
+    plot = np.array(reliability_plot(error, bins).convert("RGB")).astype(int)
+    columns = [plot[34:394, round(62 + (b + 0.2) * 36)] for b in range(10)]  # beside the number over the bar
+    heights = [int((column[:, 2] - column[:, 0] > 20).sum()) for column in columns]
+    assert heights[9] == pytest.approx(360, abs=8)
+    assert heights[5] == pytest.approx(180, abs=8)
+    assert heights[2] == 0
+
+
+def test_the_command_prints_and_draws(tmp_path, monkeypatch, capsys):
+    args, photos = make_color_sets(tmp_path)
+    argv = ["neighbours.py", *args, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*argv, *photos])
+    neighbours.main()
+    said = capsys.readouterr().out
+    check_printed_predictions(said)
+    assert "neighbours.png" in said and "reliability.png" in said
+    with Image.open(tmp_path / "out" / "neighbours.png") as rows:
+        assert rows.width > 5 * 96
+    with Image.open(tmp_path / "out" / "reliability.png") as plot:
+        assert plot.width > 360
+    monkeypatch.setattr(sys, "argv", [*argv, photos[1]])
+    with pytest.raises(UserError, match="none of these images can be read"):
+        neighbours.main()

@@ -1,0 +1,95 @@
+"""The house: what must be opened to understand `python train.py`, and which way imports may point."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = ("model.py", "losses.py", "data.py", "train.py")
+FOLDERS = ("curation", "evals", "tools")
+TOP_LEVEL = sorted(path.name for path in ROOT.glob("*.py"))
+PRODUCT = list(TOP_LEVEL)
+for folder in ("kernels", *FOLDERS):
+    PRODUCT += sorted(f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py"))
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def imported_modules(source):
+    """Dotted names of all modules that a source imports, lazy imports included."""
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def files_used(name):
+    """The files of the repository that one file executes: imports, and any .py that it names in a text."""
+    source = text_of(name)
+    files = {module.replace(".", "/") + ".py" for module in imported_modules(source)}
+    calls = [ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    for call in calls:  # runpy, subprocess: a script named in the arguments
+        files |= set(re.findall(r"['\"]([\w/]+\.py)['\"]", call))
+    return {file for file in files if (ROOT / file).is_file()} - {name}
+
+
+def reading_closure(start):
+    """{file: how many files one must go through to get there}; kernels/ and its specifications apart."""
+    depth = {start: 0}
+    queue = [start]
+    for name in queue:
+        for file in sorted(files_used(name)):
+            if file not in depth and not file.startswith("kernels/"):
+                depth[file] = depth[name] + 1
+                queue.append(file)
+    return depth
+
+
+def number_of_lines(name):
+    return len(text_of(name).splitlines())
+
+
+def test_what_must_be_opened_to_understand_train():
+    closure = reading_closure("train.py")
+    assert len(closure) <= 13
+    assert max(closure.values()) <= 3
+    assert not [name for name in closure if "/" in name]
+    assert sum(map(number_of_lines, closure)) <= 4000
+
+
+def test_the_four_core_files_are_an_afternoon():
+    assert sum(map(number_of_lines, CORE)) <= 1600
+
+
+def test_the_core_has_no_forward_references():
+    for i, name in enumerate(CORE):
+        assert not files_used(name) & set(CORE[i + 1 :])
+
+
+@pytest.mark.parametrize("name", TOP_LEVEL)
+def test_the_top_level_needs_no_folder_but_kernels(name):
+    assert not {file.split("/")[0] for file in files_used(name) if "/" in file} - {"kernels"}
+
+
+@pytest.mark.parametrize("name", PRODUCT)
+def test_the_product_needs_neither_tests_nor_documents(name):
+    roots = {module.split(".")[0] for module in imported_modules(text_of(name))}
+    assert not roots & {"tests", "helpers", "conftest", "labs", "results"}
+    calls = [ast.unparse(node) for node in ast.walk(ast.parse(text_of(name))) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if re.search(r"README|tests/", call) and "read_text" in call]
+
+
+def test_a_lazy_import_or_a_script_run_by_name_counts(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("def f():\n    import b\n    runpy.run_path('c.py')\n")
+    for name in "bc":
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert reading_closure("a.py") == {"a.py": 0, "b.py": 1, "c.py": 1}
