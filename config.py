@@ -261,12 +261,12 @@ def load(file=None, model=None, overrides=()):
     for name, only in FIXED.items():
         if values.get(name, only) != only:
             raise UserError(f"{name} is {values[name]!r}, but only {only!r} is implemented: remove the line")
-    unused = sorted(values.keys() & {*FIXED, *IGNORED})
+    ignored = sorted(values.keys() & IGNORED)
     cfg = Config()
-    assign(cfg, {name: value for name, value in values.items() if name not in unused})
+    assign(cfg, {name: value for name, value in values.items() if name not in {*FIXED, *IGNORED}})
     check(cfg)
-    if unused and os.environ.get("RANK", "0") == "0":
-        print(f"warning: settings without a meaning here are ignored: {', '.join(unused)}", file=sys.stderr)
+    if ignored and os.environ.get("RANK", "0") == "0":
+        print(f"warning: settings without a meaning here are ignored: {', '.join(ignored)}", file=sys.stderr)
     return cfg
 
 

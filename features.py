@@ -34,7 +34,7 @@ def read_weights(source):
 
     Names are DINOv2's own, without "backbone.". Raises UserError for anything else.
     """
-    tensors, arch = read_tensors(find_weights(source))
+    tensors, arch = read_tensors(find_weights(source, convert_hint(source)))
     return *split_heads(tensors), arch
 
 
@@ -61,7 +61,7 @@ def split_heads(tensors):
     return backbone, heads
 
 
-def find_weights(source):
+def find_weights(source, hint=""):
     """The file behind a run folder, a path or a released name that was downloaded earlier."""
     path = Path(source)
     if (path / "teacher.pth").is_file():
@@ -70,8 +70,8 @@ def find_weights(source):
         return path
     stem = released_name(source)
     if stem is None:
-        raise UserError(f"no weights at {path} that can be read as they are: give a run folder that has a "
-                        f"teacher.pth, a .pth file, or a released name; {convert_hint(path)}")  # fmt: skip
+        raise UserError(f"no weights at {path}: give a run folder that has a teacher.pth, a .pth file, or a "
+                        f"released name{hint}")  # fmt: skip
     file = released_file(stem)
     if not file.is_file():
         raise UserError(f"no weights at {path}: put Meta's file at {file}, or fetch it with "
@@ -80,7 +80,7 @@ def find_weights(source):
 
 
 def convert_hint(source):
-    return (f"weights of timm, Hugging Face or a training checkpoint are converted first: "
+    return (f"; weights of timm, Hugging Face or a training checkpoint are converted first: "
             f"python -m tools.export {source} --to meta --out weights.pth")  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def released_arch(stem):
     return arch
 
 
-def infer_arch(tensors, arch, path):
+def infer_arch(tensors, arch, path, hint=""):
     """Constructor arguments of the backbone that these tensors belong to, from their names and shapes.
 
     arch: the arguments that shapes don't show, if the file states them.
@@ -129,23 +129,23 @@ def infer_arch(tensors, arch, path):
         )
     except (KeyError, ValueError, AttributeError) as e:
         names = ", ".join(list(tensors)[:3])
-        raise UserError(f"{path} holds no DINOv2 backbone: it lacks {e}; its first names are {names}; "
-                        f"{convert_hint(path)}") from e  # fmt: skip
+        raise UserError(f"{path} holds no DINOv2 backbone: it lacks {e}; its first names are "
+                        f"{names}{hint}") from e  # fmt: skip
     unseen = ("num_heads", "layerscale", "interpolate_antialias", "interpolate_offset")
     return inferred | {key: arch[key] for key in unseen if key in arch}
 
 
-def build_backbone(tensors, arch, source):
+def build_backbone(tensors, arch, source, hint=""):
     """A frozen backbone in eval mode around these tensors. Raises UserError that names what differs."""
     with torch.device("meta"):  # no numbers are drawn, only to be overwritten
-        backbone = VisionTransformer(**infer_arch(tensors, arch, source))
+        backbone = VisionTransformer(**infer_arch(tensors, arch, source, hint))
     expected = {name: list(x.shape) for name, x in backbone.state_dict().items()}
     found = {name: list(x.shape) for name, x in tensors.items()}
     wrong = [name for name in expected | found if found.get(name) != expected.get(name)]
     if wrong:
         names = "; ".join(f"{k} is {found.get(k)} there, not {expected.get(k)}" for k in wrong[:3])
-        raise UserError(f"{source} is not the {describe_backbone(backbone)} that it looks like: {names}; "
-                        f"{convert_hint(source)}")  # fmt: skip
+        raise UserError(f"{source} is not the {describe_backbone(backbone)} that it looks like: "
+                        f"{names}{hint}")  # fmt: skip
     check_released_name(backbone, source)
     backbone.load_state_dict({name: x.float() for name, x in tensors.items()}, strict=True, assign=True)
     return backbone.eval().requires_grad_(False)
@@ -165,7 +165,7 @@ def check_released_name(backbone, source):
 def load_backbone(source):
     """A frozen backbone in eval mode from a run folder, a .pth file or a released name (always strict)."""
     tensors, _, arch = read_weights(source)
-    return build_backbone(tensors, arch, source)
+    return build_backbone(tensors, arch, source, convert_hint(source))
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def init_from_weights(model, source):
     `interpolate_pos_embed` would. Heads are taken if all have the same sizes. Raises UserError.
     """
     tensors, heads, arch = read_weights(source)
-    loaded = build_backbone(tensors, arch, source)
+    loaded = build_backbone(tensors, arch, source, convert_hint(source))
     old_grid, new_grid = (b.arch["img_size"] // b.patch_size for b in (loaded, model.backbone))
     differ = different_settings(loaded.arch, model.backbone.arch)
     if differ:

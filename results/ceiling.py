@@ -1,8 +1,9 @@
 """The ceiling of the embedded data: the laptop network trained *with* labels, on the same crops.
 
-    python results/ceiling.py [steps]     # one accuracy; for the other baselines: python scenes.py --audit
+    python results/ceiling.py [steps]     # one accuracy
 
 A self-supervised run has three numbers below it: chance, raw pixels, a random network. This is the one above.
+`python -m tools.audit_scenes --audit` prints the baselines that need no network.
 """
 
 import sys

@@ -1,24 +1,23 @@
 """The collectives: no-ops when alone, and what they promise between two processes."""
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import TWO_RANKS, child_environment, torchrun
 
 import distributed
 from config import UserError
 
-ROOT = Path(__file__).parent.parent
-
 
 def test_alone_everything_is_a_no_op():
-    assert distributed.setup("cpu") == torch.device("cpu") and not torch.distributed.is_initialized()
-    assert distributed.rank() == 0 and distributed.world_size() == 1
+    assert distributed.setup("cpu") == torch.device("cpu")
+    assert not torch.distributed.is_initialized()
+    assert distributed.rank() == 0
+    assert distributed.world_size() == 1
     tensor = torch.ones(3)
-    assert distributed.all_reduce(tensor) is tensor and distributed.all_reduce(tensor, "max").sum() == 3
+    assert distributed.all_reduce(tensor) is tensor
+    assert distributed.all_reduce(tensor, "max").sum() == 3
     assert distributed.all_reduce_ints(3, True, False) == [3, 1, 0]
     assert distributed.broadcast_object("x") == "x"
     distributed.cleanup()
@@ -31,23 +30,23 @@ def test_a_missing_gpu_is_one_sentence():
         distributed.setup("cuda")
 
 
-TWO = """
+ON_EACH_RANK = """
 import os, signal, sys, time, torch, config, distributed, runfolder
 
 def main():
     distributed.setup("cpu")
-    r = distributed.rank()
+    rank = distributed.rank()
     assert distributed.world_size() == 2
-    assert distributed.all_reduce(torch.tensor([1.0 + r])).item() == 3
-    assert distributed.all_reduce(torch.tensor([1.0 + r]), "max").item() == 2
-    assert distributed.all_reduce_ints(2, r == 1, False) == [4, 1, 0]
-    assert distributed.broadcast_object(f"rank {r}") == "rank 0"
+    assert distributed.all_reduce(torch.tensor([1.0 + rank])).item() == 3
+    assert distributed.all_reduce(torch.tensor([1.0 + rank]), "max").item() == 2
+    assert distributed.all_reduce_ints(2, rank == 1, False) == [4, 1, 0]
+    assert distributed.broadcast_object(f"rank {rank}") == "rank 0"
     # names chosen on each rank may differ: rank 0's counts
-    run = runfolder.RunFolder(f"{sys.argv[1]}/run{r}", config.Config().to_yaml())
+    run = runfolder.RunFolder(f"{sys.argv[1]}/run{rank}", config.Config().to_yaml())
     assert run.path.name == "run0"
     run.install_signal_handlers()
-    run.log({"step": r})
-    if r == 1:  # one rank is told to stop, all know
+    run.log({"step": rank})
+    if rank == 1:  # one rank is told to stop, all know
         os.kill(os.getpid(), signal.SIGTERM)
     assert distributed.all_reduce_ints(bool(run.stop_requested)) == [1]
     run.close()
@@ -63,11 +62,9 @@ config.run(main)
 
 
 def test_two_processes(tmp_path):
-    (tmp_path / "two.py").write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += [str(tmp_path / "two.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    (tmp_path / "two.py").write_text(ON_EACH_RANK)
+    command = [*torchrun(*TWO_RANKS), str(tmp_path / "two.py"), str(tmp_path)]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run1").exists()
     assert (tmp_path / "run0" / "metrics.jsonl").read_text() == '{"step": 0}\n'

@@ -3,63 +3,85 @@
 Each is planted in a copy of the source.
 """
 
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from helpers import GOLDEN, ROOT, child_environment
 
-ROOT = Path(__file__).parent.parent
-MODEL, STEP, LOSSES = "test_model.py", "test_train_step.py", "test_losses.py"
-MUTANTS = {  # name: (file, what it says, what the mistake says, tests that must notice)
-    "LayerNorm eps 1e-5": ("model.py", "eps=1e-6)", "eps=1e-5)", MODEL),
-    "tanh GELU": ("model.py", "F.gelu(self.fc1(x))", "F.gelu(self.fc1(x), approximate='tanh')", MODEL),
-    "antialias off": ("model.py", "antialias=self.interpolate_antialias", "antialias=False", MODEL),
-    "registers before CLS": ("model.py", "[x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]]",
-                             "[self.register_tokens.expand(B, -1, -1), x]", MODEL),
-    "unswapped teacher crops": ("losses.py", "targets.flip(0)", "targets", LOSSES),
-    "centre updated before use": ("losses.py", "        self.count += len(logits)\n",
-                                  "        self.count += len(logits)\n        self.update()\n", LOSSES),
-    "unmasked student CLS": ("train.py", "    cls, patches = state.student.heads(",
-                             "    tokens = state.student.backbone.forward_crops(crops)\n"
-                             "    cls, patches = state.student.heads(", STEP),
-    "KoLeo mean instead of sum": ("train.py", "koleo = sum(", "koleo = 0.5 * sum(", STEP),
-}  # fmt: skip
+# The tests that compare with the authors' numbers; the rest of their files would take its time.
+COMPARISONS = {
+    "test_model.py": "five_resolutions",
+    "test_losses.py": "dino_loss or three_steps",
+    "test_train_step.py": "whole_step",
+}
+
+
+class Mutant(NamedTuple):
+    file: str
+    right: str  # the text in the file
+    wrong: str  # the text with the mistake
+    tests: str  # the test file that must notice
+
+
+SEPARATE_PASS = """\
+    tokens = state.student.backbone.forward_crops(crops)
+    cls, patches = state.student.heads("""
+
+MUTANTS = {
+    "LayerNorm eps 1e-5": Mutant("model.py", "eps=1e-6)", "eps=1e-5)", "test_model.py"),
+    "tanh GELU": Mutant(
+        "model.py", "F.gelu(self.fc1(x))", "F.gelu(self.fc1(x), approximate='tanh')", "test_model.py"
+    ),
+    "antialias off": Mutant(
+        "model.py", "antialias=self.interpolate_antialias", "antialias=False", "test_model.py"
+    ),
+    "registers before CLS": Mutant(
+        "model.py",
+        "[x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]]",
+        "[self.register_tokens.expand(B, -1, -1), x]",
+        "test_model.py",
+    ),
+    "unswapped teacher crops": Mutant("losses.py", "targets.flip(0)", "targets", "test_losses.py"),
+    "centre updated before use": Mutant(
+        "losses.py",
+        "        self.count += len(logits)\n",
+        "        self.count += len(logits)\n        self.update()\n",
+        "test_losses.py",
+    ),
+    "unmasked student CLS": Mutant(
+        "train.py", "    cls, patches = state.student.heads(", SEPARATE_PASS, "test_train_step.py"
+    ),
+    "KoLeo mean instead of sum": Mutant(
+        "train.py", "koleo = sum(", "koleo = 0.5 * sum(", "test_train_step.py"
+    ),
+}
+
+
+def copy_repository(folder):
+    """The part of it that these tests need."""
+    for source in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(source, folder)
+    for name in ("configs", "kernels"):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / "tests").mkdir()
+    for test in (*COMPARISONS, "helpers.py", "conftest.py"):
+        shutil.copy(ROOT / "tests" / test, folder / "tests")
+    (folder / "tests" / "golden").symlink_to(GOLDEN)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_mistake_is_caught(name, tmp_path):
-    file, right, wrong, tests = MUTANTS[name]
-    for source in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
-        shutil.copy(source, tmp_path)
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    for extra in ("kernels",):
-        if (ROOT / extra).is_dir():
-            shutil.copytree(ROOT / extra, tmp_path / extra)
-    (tmp_path / "tests").mkdir()
-    for test in (MODEL, tests, "conftest.py"):
-        shutil.copy(ROOT / "tests" / test, tmp_path / "tests")
-    (tmp_path / "tests" / "golden").symlink_to(ROOT / "tests" / "golden")
-    text = (tmp_path / file).read_text()
-    assert right in text, f"{file} no longer says {right!r}: adapt this mutant"
-    (tmp_path / file).write_text(text.replace(right, wrong))
-    # Only the comparisons with the authors' numbers: the rest of these files would take its time.
-    pick = {MODEL: "five_resolutions", LOSSES: "dino_loss or three_steps", STEP: "whole_step"}[tests]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"tests/{tests}",
-        "-k",
-        pick,
-    ]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 1 and "AssertionError: relative error" in done.stdout, done.stdout[-2000:]
+    mutant = MUTANTS[name]
+    copy_repository(tmp_path)
+    text = (tmp_path / mutant.file).read_text()
+    assert mutant.right in text, f"{mutant.file} no longer says {mutant.right!r}: adapt this mutant"
+    (tmp_path / mutant.file).write_text(text.replace(mutant.right, mutant.wrong))
+    pytest_ = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command = [*pytest_, f"tests/{mutant.tests}", "-k", COMPARISONS[mutant.tests]]
+    environment = child_environment(PYTHONPATH=str(tmp_path))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert "AssertionError: relative error" in done.stdout, done.stdout[-2000:]

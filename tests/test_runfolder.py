@@ -7,35 +7,35 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import child_environment, read_log
 
 import config
 import runfolder
 from config import UserError
 from runfolder import RunFolder
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = config.Config().to_yaml()
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_what_it_leaves_behind(tmp_path):
     run = RunFolder(tmp_path / "runs" / "a", SETTINGS)
     run.log({"step": 0, "loss": torch.tensor(1.5), "lr": np.float32(0.5), "entropy": math.nan})
     run.write_result({"knn": 0.5, "bad": math.inf})
-    assert (run.path / "config.yaml").read_text() == SETTINGS and (run.path / "checkpoints").is_dir()
-    assert rows(run.path) == [{"step": 0, "loss": 1.5, "lr": 0.5, "entropy": None}]
+    assert (run.path / "config.yaml").read_text() == SETTINGS
+    assert (run.path / "checkpoints").is_dir()
+    assert read_log(run.path) == [{"step": 0, "loss": 1.5, "lr": 0.5, "entropy": None}]
     assert json.loads((run.path / "result.json").read_text()) == {"knn": 0.5, "bad": None}
-    found = json.loads((run.path / "environment.json").read_text())
-    assert found["torch"] == torch.__version__ and found["processes"] == 1 and found["cpu"]
-    assert found["threads"] >= 1 and found["command"] and "git_commit" in found and "git_diff" in found
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert environment["processes"] == 1
+    assert environment["threads"] >= 1
+    assert environment["cpu"]
+    assert environment["command"]
+    assert {"git_commit", "git_diff"} <= environment.keys()
     run.close()
     assert not list(run.path.glob(".*.partial"))
 
@@ -50,14 +50,15 @@ def test_another_config_is_refused_and_the_difference_named(tmp_path, capsys):
         RunFolder(tmp_path, other)
     assert (tmp_path / "config.yaml").read_text() == SETTINGS
     RunFolder(tmp_path, other, resume=True).close()
-    assert "optim.epochs" in capsys.readouterr().err and (tmp_path / "config.yaml").read_text() == other
+    assert "optim.epochs" in capsys.readouterr().err
+    assert (tmp_path / "config.yaml").read_text() == other
     RunFolder(tmp_path, other.replace("threads: 3", "threads: 1"), resume=True).close()
     assert not capsys.readouterr().err  # only speed differs: nothing to tell
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="has files but no config.yaml"):
         RunFolder(tmp_path, SETTINGS)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -84,8 +85,10 @@ sys.stdin.read()
 
 
 def hold(path):
-    command, environment = [sys.executable, "-c", HOLD, str(path)], {**os.environ, "PYTHONPATH": str(ROOT)}
-    child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    """A process that has the lock of a run folder."""
+    command = [sys.executable, "-c", HOLD, str(path)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child = subprocess.Popen(command, env=child_environment(), **pipes)
     assert child.stdout.readline() == b"held\n"
     return child
 
@@ -116,13 +119,8 @@ def test_a_torn_line_is_mended_and_later_rows_dropped(tmp_path, capsys):
     for step in (3, 4):
         run.log({"step": step})
     run.close()
-    assert [row["step"] for row in rows(tmp_path)] == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ] and "1 torn line" in capsys.readouterr().err
+    assert [row["step"] for row in read_log(tmp_path)] == [0, 1, 2, 3, 4]
+    assert "1 torn line" in capsys.readouterr().err
 
 
 def test_signals_set_a_flag_and_ctrl_c_does_not(tmp_path):

@@ -9,12 +9,22 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from PIL import Image
+from helpers import (
+    ROOT,
+    TWO_RANKS,
+    child_environment,
+    load_teacher,
+    logged_losses,
+    read_log,
+    run_tiny,
+    same_tensors,
+    torchrun,
+    write_noise_images,
+)
+from helpers import TINY_RUN as TINY
 
 import checkpoint
 import config
@@ -25,65 +35,49 @@ import runfolder
 import train
 from config import UserError
 
-ROOT = Path(__file__).parent.parent
-TINY = ["--model", "debug", "train.dataset_path=scenes:60:seed=3", "train.batch_size_per_gpu=8",
-        "train.OFFICIAL_EPOCH_LENGTH=10", "optim.epochs=1", "optim.warmup_epochs=0.2", "train.log_every=1",
-        "teacher.warmup_teacher_temp_epochs=0.5", "student.drop_path_rate=0.3", "evaluation.train_path=",
-        "evaluation.test_path="]  # fmt: skip
 
 
-def go(folder, *extra):
-    train.main([*TINY, "--output-dir", str(folder), *map(str, extra)])
-    return rows(folder)
-
-
-def rows(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(metrics):
-    return [(r["step"], r["loss"], r["grad_backbone"]) for r in metrics if "loss" in r]
-
-
-def weights(folder):
-    return torch.load(Path(folder) / "teacher.pth", weights_only=True)["teacher"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
+    """A finished run: its folder and the rows of its log."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    return folder, go(folder)
+    return folder, run_tiny(folder)
+
+
+def assert_same_run(reference, folder, rows):
+    """Every logged loss and every weight is the same, bit for bit."""
+    reference_folder, reference_rows = reference
+    assert logged_losses(rows) == logged_losses(reference_rows)
+    assert same_tensors(load_teacher(folder), load_teacher(reference_folder))
+
+
+# ---------------------------------------------------------------- determinism and resume
 
 
 def test_same_seed_same_bits_another_seed_not(reference, tmp_path):
-    folder, metrics = reference
-    assert losses(go(tmp_path / "again")) == losses(metrics) and same(
-        weights(folder), weights(tmp_path / "again")
-    )
-    assert losses(go(tmp_path / "other", "train.seed=1")) != losses(metrics)
-    assert len(losses(metrics)) == 10
+    _, rows = reference
+    assert len(logged_losses(rows)) == 10
+    assert_same_run(reference, tmp_path / "again", run_tiny(tmp_path / "again"))
+    assert logged_losses(run_tiny(tmp_path / "other", "train.seed=1")) != logged_losses(rows)
 
 
 def test_stop_and_resume_is_bit_identical(reference, tmp_path, monkeypatch):
     """Stopped at step 4, in the middle of an epoch of 60 images; crops, masks, drop path go on."""
-    folder, metrics = reference
     real = train.train_step
 
-    def step_then_stop(t, *args, **kw):
-        if t.step == 3:
+    def step_then_stop(state, *args, **options):
+        if state.step == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return real(t, *args, **kw)
+        return real(state, *args, **options)
 
     monkeypatch.setattr(train, "train_step", step_then_stop)
     assert train.main([*TINY, "--output-dir", str(tmp_path / "run")]) == 75
     monkeypatch.setattr(train, "train_step", real)
-    resumed = go(tmp_path / "run", "--resume")
-    assert losses(resumed) == losses(metrics)
-    assert same(weights(folder), weights(tmp_path / "run"))
+    assert_same_run(reference, tmp_path / "run", run_tiny(tmp_path / "run", "--resume"))
 
 
 V1 = ["ibot.mask_sample_probability=0", "ibot.separate_head=true", "dino.koleo_loss_weight=0",
@@ -93,135 +87,163 @@ V1 = ["ibot.mask_sample_probability=0", "ibot.separate_head=true", "dino.koleo_l
 @pytest.mark.parametrize("recipe", [["train.centering=centering"], ["train.centering=sinkhorn_knopp"], V1])
 def test_resume_from_a_checkpoint_that_is_older_than_the_log(recipe, tmp_path):
     """A run killed after its last checkpoint repeats those steps, and logs each of them once."""
-    extra = *recipe, "train.checkpoint_every=4", "train.keep_last=5"
-    whole = go(tmp_path / "whole", *extra)
+    settings = [*recipe, "train.checkpoint_every=4", "train.keep_last=5"]
+    whole = tmp_path / "whole", run_tiny(tmp_path / "whole", *settings)
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000010")
-    assert losses(go(tmp_path / "run", *extra, "--resume")) == losses(whole)
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    assert_same_run(whole, tmp_path / "run", run_tiny(tmp_path / "run", *settings, "--resume"))
 
 
 def test_resuming_a_finished_run_only_evaluates_it(reference, tmp_path):
-    shutil.copytree(reference[0], tmp_path / "run")
-    assert go(tmp_path / "run", "--resume") == reference[1]
-    before, after = (json.loads((f / "result.json").read_text()) for f in (reference[0], tmp_path / "run"))
-    assert before == after
+    folder, rows = reference
+    shutil.copytree(folder, tmp_path / "run")
+    assert run_tiny(tmp_path / "run", "--resume") == rows
+    assert result_of(tmp_path / "run") == result_of(folder)
 
 
 def test_a_run_is_not_written_over(reference):
     with pytest.raises(UserError, match="holds a run: add --resume"):
-        go(reference[0])
+        run_tiny(reference[0])
 
 
 def test_workers_change_nothing(reference, tmp_path):
-    assert losses(go(tmp_path / "workers", "train.num_workers=2")) == losses(reference[1])
+    _, rows = reference
+    assert logged_losses(run_tiny(tmp_path / "run", "train.num_workers=2")) == logged_losses(rows)
+
+
+# ---------------------------------------------------------------- results
 
 
 def test_results_and_baselines(tmp_path, capsys):
-    go(tmp_path / "run", "evaluation.train_path=scenes:80:seed=1", "evaluation.test_path=scenes:600:seed=2",
-       "evaluation.eval_period_iterations=5")  # fmt: skip
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    wanted = {"knn_top1", "knn_pixels", "knn_random_init", "chance", "fg_miou", "fg_miou_random_init",
-              "train_seconds", "images_per_second"}  # fmt: skip
-    assert wanted <= result.keys() and all(
-        0 <= result[k] <= 1 for k in wanted if "seconds" not in k and "images" not in k
-    )
-    assert [r["step"] for r in rows(tmp_path / "run") if "knn_top1" in r] == [5]
-    tail = capsys.readouterr().out.splitlines()[-4:]
-    assert "raw pixels" in tail[0] and tail[1].startswith("k-NN top-1") and tail[3].startswith("10 steps in")
-
-
-def test_max_minutes_cuts_off_what_cannot_fit(tmp_path, capsys):
-    go(tmp_path / "run", "--max-minutes", 1e-9)
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 1
-    assert "the time is up: cut off at step 1 of 10" in capsys.readouterr().err
-    assert (tmp_path / "run" / "checkpoints" / "step_00000001").is_dir()
-
-
-def test_max_minutes_lets_the_schedules_end(tmp_path, monkeypatch, capsys):
-    """Of 6,000 steps of a second each, a minute's anneal to their end; config.yaml says how many."""
-    real, clock = train.train_step, [0.0]
-
-    def step_of_a_second(*args, **options):
-        clock[0] += 1
-        return real(*args, **options)
-
-    monkeypatch.setattr(train, "train_step", step_of_a_second)
-    monkeypatch.setattr(optim, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    spans = ["optim.epochs=60", "optim.warmup_epochs=6", "train.OFFICIAL_EPOCH_LENGTH=100"]
-    metrics = go(tmp_path / "run", "--max-minutes", 1, *spans, "train.batch_size_per_gpu=2")
-    steps = json.loads((tmp_path / "run" / "result.json").read_text())["steps"]
-    cfg = config.load(tmp_path / "run" / "config.yaml")
-    assert steps == optim.total_steps(cfg) and 55 <= steps <= 60
-    assert cfg.optim.warmup_epochs == pytest.approx(0.1 * cfg.optim.epochs)
-    rates = [row["lr"] for row in metrics]
-    assert len(rates) == steps and rates[-1] < 0.01 * max(rates)
-    assert f"{steps} steps fit into the time" in capsys.readouterr().err
-
-
-def test_a_deadline_follows_the_pace(monkeypatch):
-    """Steps that become slower, or faster: the run ends within its time, and uses nearly all of it."""
-    for pace in (lambda step: 1.0, lambda step: 1.0 + (step > 50), lambda step: 1.0 + (step < 100)):
-        cfg, clock, step = config.load(model="debug", overrides=["optim.epochs=500"]), [0.0], 10
-        monkeypatch.setattr(optim, "time", SimpleNamespace(monotonic=lambda clock=clock: clock[0]))
-        deadline = optim.Deadline(cfg, 300 / 60, step)
-        while step < optim.total_steps(cfg) and not deadline.passed(step):
-            step, clock[0] = step + 1, clock[0] + pace(step)
-            deadline.refit(step, "cpu")
-        assert step == optim.total_steps(cfg) and 270 < clock[0] <= 300, clock[0]
-    with pytest.raises(UserError, match="--max-minutes is -1"):
-        train.parse_args(["--max-minutes", "-1"])
-    roomy = config.load(model="debug")
-    before = roomy.to_yaml()
-    deadline = optim.Deadline(roomy, 1e6, 0)
-    assert not any(deadline.refit(step, "cpu") for step in range(1, 100)) and roomy.to_yaml() == before
+    sets = ["evaluation.train_path=scenes:80:seed=1", "evaluation.test_path=scenes:600:seed=2"]
+    rows = run_tiny(tmp_path / "run", *sets, "evaluation.eval_period_iterations=5")
+    result = result_of(tmp_path / "run")
+    shares = ["knn_top1", "knn_pixels", "knn_random_init", "chance", "fg_miou", "fg_miou_random_init"]
+    assert all(0 <= result[name] <= 1 for name in shares)
+    assert {"train_seconds", "images_per_second"} <= result.keys()
+    assert [row["step"] for row in rows if "knn_top1" in row] == [5]
+    table = capsys.readouterr().out.splitlines()[-4:]
+    assert "raw pixels" in table[0]
+    assert table[1].startswith("k-NN top-1")
+    assert table[3].startswith("10 steps in")
 
 
 def test_eval_knn_reads_a_run_folder(reference, monkeypatch, capsys):
     sets = ["--train", "scenes:60:seed=1", "--test", "scenes:30:seed=2"]
     monkeypatch.setattr(sys, "argv", ["eval_knn.py", "--weights", str(reference[0]), *sets])
     eval_knn.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("60 images in the bank, 30 queries") and "k=20" in lines[1]
-    names = ["this backbone", "random initialisation", "raw pixels", "chance"]
-    assert [line[:22].strip() for line in lines[2:6]] == names
-    assert all(0 <= float(x) <= 1 for line in lines[2:6] for x in line[22:].split())
+    heading, columns, *table = capsys.readouterr().out.splitlines()
+    assert heading.endswith("60 images in the bank, 30 queries")
+    assert "k=20" in columns
+    for line, name in zip(table, ["this backbone", "random initialisation", "raw pixels", "chance"]):
+        assert line[:22].strip() == name
+        assert all(0 <= float(accuracy) <= 1 for accuracy in line[22:].split())
 
 
 def test_second_run_takes_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = [*TINY, "optim.epochs=0.2", "optim.freeze_last_layer_epochs=0", "optim.warmup_epochs=0.1"]
-    train.main(args), train.main(args)
-    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"debug", "debug-2"}
+    train.main(args)
+    train.main(args)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"debug", "debug-2"}
 
 
-def folder_of_images(path, good, bad):
-    path.mkdir()
-    for i in range(good):
-        Image.effect_noise((48, 48), 60 + i).convert("RGB").save(path / f"{i}.png")
-    for i in range(bad):
-        (path / f"bad{i}.png").write_bytes(b"\x89PNG not really")
-    return path
+# ---------------------------------------------------------------- --max-minutes
+
+
+def test_max_minutes_cuts_off_what_cannot_fit(tmp_path, capsys):
+    run_tiny(tmp_path / "run", "--max-minutes", 1e-9)
+    assert result_of(tmp_path / "run")["steps"] == 1
+    assert "the time is up: cut off at step 1 of 10" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "step_00000001").is_dir()
+
+
+def test_max_minutes_lets_the_schedules_end(tmp_path, monkeypatch, capsys):
+    """Of 6,000 steps of a second each, a minute's anneal to their end; config.yaml says how many."""
+    clock = Clock(monkeypatch)
+    real = train.train_step
+
+    def step_of_a_second(*args, **options):
+        clock.seconds += 1
+        return real(*args, **options)
+
+    monkeypatch.setattr(train, "train_step", step_of_a_second)
+    spans = ["optim.epochs=60", "optim.warmup_epochs=6", "train.OFFICIAL_EPOCH_LENGTH=100"]
+    rows = run_tiny(tmp_path / "run", "--max-minutes", 1, *spans, "train.batch_size_per_gpu=2")
+    steps = result_of(tmp_path / "run")["steps"]
+    cfg = config.load(tmp_path / "run" / "config.yaml")
+    assert 55 <= steps <= 60
+    assert steps == optim.total_steps(cfg)
+    assert cfg.optim.warmup_epochs == pytest.approx(0.1 * cfg.optim.epochs)
+    rates = [row["lr"] for row in rows]
+    assert len(rates) == steps
+    assert rates[-1] < 0.01 * max(rates)
+    assert f"{steps} steps fit into the time" in capsys.readouterr().err
+
+
+class Clock:
+    """The time as optim.py sees it, which only a test moves on."""
+
+    def __init__(self, monkeypatch):
+        self.seconds = 0.0
+        monkeypatch.setattr(optim, "time", SimpleNamespace(monotonic=lambda: self.seconds))
+
+
+PACES = {  # seconds of each step
+    "steady": lambda step: 1.0,
+    "slower": lambda step: 2.0 if step > 50 else 1.0,
+    "faster": lambda step: 2.0 if step < 100 else 1.0,
+}
+
+
+@pytest.mark.parametrize("pace", PACES)
+def test_a_deadline_follows_the_pace(pace, monkeypatch):
+    """The run ends within its time, and uses nearly all of it."""
+    clock = Clock(monkeypatch)
+    cfg = config.load(model="debug", overrides=["optim.epochs=500"])
+    step = 10
+    deadline = optim.Deadline(cfg, 300 / 60, step)
+    while step < optim.total_steps(cfg) and not deadline.passed(step):
+        clock.seconds += PACES[pace](step)
+        step += 1
+        deadline.refit(step, "cpu")
+    assert step == optim.total_steps(cfg)
+    assert 270 < clock.seconds <= 300
+
+
+def test_a_deadline_that_is_far_away_changes_nothing():
+    cfg = config.load(model="debug")
+    before = cfg.to_yaml()
+    deadline = optim.Deadline(cfg, 1e6, 0)
+    assert not any(deadline.refit(step, "cpu") for step in range(1, 100))
+    assert cfg.to_yaml() == before
+
+
+def test_negative_minutes_are_refused():
+    with pytest.raises(UserError, match="--max-minutes is -1"):
+        train.parse_args(["--max-minutes", "-1"])
+
+
+# ---------------------------------------------------------------- bad images, poison, collapse
 
 
 def test_bad_images_are_listed_and_too_many_stop_the_run(tmp_path):
-    some = folder_of_images(tmp_path / "some", 30, 1)
-    go(tmp_path / "run", f"train.dataset_path=folder:{some}")
-    listed = (tmp_path / "run" / "bad_images_rank0.jsonl").read_text()
-    assert (
-        "bad0.png" in listed and json.loads((tmp_path / "run" / "result.json").read_text())["bad_images"] > 0
-    )
-    many = folder_of_images(tmp_path / "many", 10, 6)
+    some = write_noise_images(tmp_path / "some", 30, bad=1)
+    run_tiny(tmp_path / "run", f"train.dataset_path=folder:{some}")
+    assert "bad0.png" in (tmp_path / "run" / "bad_images_rank0.jsonl").read_text()
+    assert result_of(tmp_path / "run")["bad_images"] > 0
+    many = write_noise_images(tmp_path / "many", 10, bad=6)
     with pytest.raises(UserError, match="max_bad_images"):
-        go(tmp_path / "run2", f"train.dataset_path=folder:{many}", "train.max_bad_images=0.002")
+        run_tiny(tmp_path / "run2", f"train.dataset_path=folder:{many}", "train.max_bad_images=0.002")
 
 
 def test_collapse_is_named(tmp_path):
     """Targets without sharpening: the teacher ends without an opinion, and the run says so, once."""
-    go(tmp_path / "run", "optim.epochs=6", "train.log_every=2", "crops.local_crops_number=0",
-       "train.centering=centering", "teacher.teacher_temp=10", "teacher.warmup_teacher_temp=10")  # fmt: skip
-    warnings = [r["warning"] for r in rows(tmp_path / "run") if "warning" in r]
-    assert len(warnings) == 1 and "uniform" in warnings[0]
+    length = ["optim.epochs=6", "train.log_every=2", "crops.local_crops_number=0"]
+    blunt = ["train.centering=centering", "teacher.teacher_temp=10", "teacher.warmup_teacher_temp=10"]
+    rows = run_tiny(tmp_path / "run", *length, *blunt)
+    (warning,) = [row["warning"] for row in rows if "warning" in row]
+    assert "uniform" in warning
 
 
 def test_skipped_steps_are_named_and_stop_the_run(tmp_path, monkeypatch):
@@ -233,36 +255,47 @@ def test_skipped_steps_are_named_and_stop_the_run(tmp_path, monkeypatch):
             yield batch
 
     monkeypatch.setattr(train, "make_loader", poisoned)
-    with pytest.raises(SystemExit) as e:
-        go(tmp_path / "run", "train.max_nan=2")
-    assert e.value.code == 70
-    named = [r["skipped_samples"] for r in rows(tmp_path / "run") if "skipped_samples" in r]
-    assert named == [[24, 31], [32, 39], [40, 47]]
+    with pytest.raises(SystemExit) as error:
+        run_tiny(tmp_path / "run", "train.max_nan=2")
+    assert error.value.code == 70
+    skipped = [row["skipped_samples"] for row in read_log(tmp_path / "run") if "skipped_samples" in row]
+    assert skipped == [[24, 31], [32, 39], [40, 47]]
+
+
+# ---------------------------------------------------------------- the loop
 
 
 def test_profile_tells_where_a_step_goes(tmp_path, capsys):
-    assert train.main(["--model", "debug", "--profile", "evaluation.train_path=", "evaluation.test_path=",
-                       "--output-dir", str(tmp_path / "run")]) == 0  # fmt: skip
+    sets = ["evaluation.train_path=", "evaluation.test_path="]
+    argv = ["--model", "debug", "--profile", *sets, "--output-dir", str(tmp_path / "run")]
+    assert train.main(argv) == 0
     text = (tmp_path / "run" / "profile.txt").read_text()
     assert text in capsys.readouterr().out
-    rows = {line[:16].strip(): float(line[16:].split()[0]) for line in text.splitlines()[1:]}
-    parts = {"data wait", "teacher forward", "student forward", "losses", "backward", "optimizer", "EMA"}
-    assert set(rows) == parts | {"checkpoint", "the rest", "a step"}
-    assert sum(rows.values()) == pytest.approx(2 * rows["a step"], rel=0.01) and rows["backward"] > 0
+    milliseconds = {}
+    for line in text.splitlines()[1:]:
+        milliseconds[line[:16].strip()] = float(line[16:].split()[0])
+    sections = {"data wait", "teacher forward", "student forward", "losses", "backward", "optimizer", "EMA"}
+    assert set(milliseconds) == sections | {"checkpoint", "the rest", "a step"}
+    assert sum(milliseconds.values()) == pytest.approx(2 * milliseconds["a step"], rel=0.01)
+    assert milliseconds["backward"] > 0
     events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
-    assert parts <= {e.get("name") for e in events} and runfolder.PROFILE is None
+    assert sections <= {event.get("name") for event in events}
+    assert runfolder.PROFILE is None
 
 
 def test_a_run_that_is_too_short_for_a_profile_says_so(tmp_path, capsys):
-    go(tmp_path / "run", "--profile", "optim.epochs=0.9", "optim.freeze_last_layer_epochs=0.1")
-    said = capsys.readouterr().out
-    assert "where a step goes" in said and "--profile needs 10 steps, this run took 9" in said
-    assert runfolder.PROFILE is None and not (tmp_path / "run" / "trace.json").exists()
+    run_tiny(tmp_path / "run", "--profile", "optim.epochs=0.9", "optim.freeze_last_layer_epochs=0.1")
+    printed = capsys.readouterr().out
+    assert "where a step goes" in printed
+    assert "--profile needs 10 steps, this run took 9" in printed
+    assert runfolder.PROFILE is None
+    assert not (tmp_path / "run" / "trace.json").exists()
 
 
-def test_seconds_count_between_looks_too(tmp_path, monkeypatch):
-    """Looked at only at its first step, and stopped after five: all of its time counts."""
-    calls, real = itertools.count(), train.train_step
+def test_seconds_between_logged_steps_count_too(tmp_path, monkeypatch):
+    """Logged only at its first step, and stopped after five: all of its time counts."""
+    calls = itertools.count()
+    real = train.train_step
 
     def slow_step(*args, **options):
         time.sleep(0.3)
@@ -270,50 +303,57 @@ def test_seconds_count_between_looks_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.dist, "all_reduce_ints", lambda *flags: [0, 0, next(calls) == 5, 0])
     monkeypatch.setattr(train, "train_step", slow_step)
-    go(tmp_path / "run", "train.log_every=1000")
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["steps"] == 5 and result["train_seconds"] >= 1.5
+    run_tiny(tmp_path / "run", "train.log_every=1000")
+    assert result_of(tmp_path / "run")["steps"] == 5
+    assert result_of(tmp_path / "run")["train_seconds"] >= 1.5
 
 
 def test_a_stop_at_a_saved_step_saves_it_once(tmp_path, monkeypatch):
-    started, real = [], train.checkpoint.CheckpointWriter.start
+    saved_steps = []
+    real = checkpoint.CheckpointWriter.start
 
-    def start(self, folder, step, *args, **kw):
-        started.append(step)
-        real(self, folder, step, *args, **kw)
+    def start(self, folder, step, *args, **options):
+        saved_steps.append(step)
+        real(self, folder, step, *args, **options)
 
-    monkeypatch.setattr(train.checkpoint.CheckpointWriter, "start", start)
-    monkeypatch.setattr(train.RunFolder, "stop_requested", property(lambda run: started, lambda run, _: None),
-                        raising=False)  # fmt: skip
+    # A stop is requested as soon as a save has started; what the run itself writes there is ignored.
+    stop_requested = property(lambda run: saved_steps, lambda run, value: None)
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "start", start)
+    monkeypatch.setattr(train.RunFolder, "stop_requested", stop_requested, raising=False)
     assert train.main([*TINY, "--output-dir", str(tmp_path / "run"), "train.checkpoint_every=4"]) == 75
-    assert started == [4] and checkpoint.newest_intact(tmp_path / "run" / "checkpoints").name == "step_00000004"
+    assert saved_steps == [4]
+    assert checkpoint.newest_intact(tmp_path / "run" / "checkpoints").name == "step_00000004"
 
 
 def test_an_image_that_is_read_too_early_does_no_harm(tmp_path, monkeypatch):
     """The loop reads one batch ahead; after the last step there is nobody to be bothered by what is in it."""
     real = data.MultiCropDataset.__getitem__
 
-    def item(self, where):
-        if where[0] == 10:
+    def getitem(self, step_and_micro):
+        if step_and_micro[0] == 10:
             raise OSError("the disk is gone")
-        return real(self, where)
+        return real(self, step_and_micro)
 
-    monkeypatch.setattr(data.MultiCropDataset, "__getitem__", item)
-    assert go(tmp_path / "run")[-1]["step"] == 10
+    monkeypatch.setattr(data.MultiCropDataset, "__getitem__", getitem)
+    assert run_tiny(tmp_path / "run")[-1]["step"] == 10
     with pytest.raises(UserError, match="the disk is gone"):
-        go(tmp_path / "longer", "optim.epochs=1.1")
+        run_tiny(tmp_path / "longer", "optim.epochs=1.1")
+
+
+# ---------------------------------------------------------------- mistakes are one sentence
 
 
 def test_a_disk_without_room_is_one_sentence(capsys):
     def main():
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x/result.json")
 
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(SystemExit) as error:
         config.run(main)
-    assert e.value.code == 1 and "result.json" in capsys.readouterr().err
+    assert error.value.code == 1
+    assert "result.json" in capsys.readouterr().err
 
 
-BAD = {
+BAD_SETTINGS = {  # and what the sentence must name
     "optim.base_lt=1": "optim.base_lr",
     "optim.epochs=many": "optim.epochs",
     "train.dataset_path=folder:/nowhere/at/all": "/nowhere/at/all",
@@ -323,64 +363,64 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("setting", BAD)
+@pytest.mark.parametrize("setting", BAD_SETTINGS)
 def test_bad_settings_are_one_sentence(setting, tmp_path):
-    with pytest.raises(UserError) as e:
-        go(tmp_path / "run", setting)
-    assert BAD[setting] in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(UserError) as error:
+        run_tiny(tmp_path / "run", setting)
+    assert BAD_SETTINGS[setting] in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_checkpoint_of_another_architecture(reference, tmp_path):
     shutil.copytree(reference[0], tmp_path / "run")
-    text = (tmp_path / "run" / "config.yaml").read_text()
-    (tmp_path / "run" / "config.yaml").write_text(
-        text.replace("num_register_tokens: 4", "num_register_tokens: 2")
-    )
+    saved_config = tmp_path / "run" / "config.yaml"
+    text = saved_config.read_text()
+    saved_config.write_text(text.replace("num_register_tokens: 4", "num_register_tokens: 2"))
     with pytest.raises(UserError, match="register"):
-        go(tmp_path / "run", "student.num_register_tokens=2", "--resume")
+        run_tiny(tmp_path / "run", "student.num_register_tokens=2", "--resume")
 
 
-def command(*args, **env):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+# ---------------------------------------------------------------- as a command
+
+
+def start_process(*command):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, *args], cwd=ROOT, env=env, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=child_environment(), **pipes)
 
 
 def test_from_the_shell_errors_have_no_traceback(tmp_path):
-    p = command("train.py", "--model", "vitz14", "--output-dir", str(tmp_path / "x"))
-    out, err = p.communicate(timeout=60)
-    assert (
-        p.returncode == 1
-        and err.startswith("error: ")
-        and "Traceback" not in err
-        and len(err.splitlines()) == 1
-    )
+    command = [sys.executable, "train.py", "--model", "vitz14", "--output-dir", str(tmp_path / "x")]
+    process = start_process(*command)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1
 
 
 def test_sigterm_leaves_a_checkpoint_and_code_75(tmp_path):
-    p = command("train.py", *TINY, "optim.epochs=1000", "--output-dir", str(tmp_path / "run"))
+    endless = [*TINY, "optim.epochs=1000", "--output-dir", str(tmp_path / "run")]
+    process = start_process(sys.executable, "train.py", *endless)
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (log.exists() and len(log.read_text().splitlines()) > 3) and time.monotonic() < deadline:
         time.sleep(0.1)
-    p.send_signal(signal.SIGTERM)
-    out, err = p.communicate(timeout=25)
-    assert p.returncode == 75 and "--resume" in out, err
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=25)
+    assert process.returncode == 75, err
+    assert "--resume" in out
     assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
 def test_torchrun_with_two_processes_trains(tmp_path):
     """Two ranks, one run folder, one log; the sum of both is the global batch."""
-    args = [
-        *TINY,
-        "student.drop_path_rate=0",
-        "train.batch_size_per_gpu=4",
-        "--output-dir",
-        str(tmp_path / "two"),
-    ]
-    p = command("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "train.py", *args)
-    out, err = p.communicate(timeout=120)
-    assert p.returncode == 0, err[-2000:]
-    go(tmp_path / "one", "student.drop_path_rate=0", "dino.koleo_group=4")
-    for a, b in zip(losses(rows(tmp_path / "two")), losses(rows(tmp_path / "one")), strict=True):
-        assert a[0] == b[0] and a[1] == pytest.approx(b[1], abs=1e-5)
+    settings = ["student.drop_path_rate=0", "train.batch_size_per_gpu=4"]
+    argv = [*TINY, *settings, "--output-dir", str(tmp_path / "two")]
+    process = start_process(*torchrun(*TWO_RANKS), "train.py", *argv)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-2000:]
+    one = logged_losses(run_tiny(tmp_path / "one", "student.drop_path_rate=0", "dino.koleo_group=4"))
+    two = logged_losses(read_log(tmp_path / "two"))
+    for (our_step, our_loss, _), (their_step, their_loss, _) in zip(two, one, strict=True):
+        assert our_step == their_step
+        assert our_loss == pytest.approx(their_loss, abs=1e-5)

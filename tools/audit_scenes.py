@@ -51,8 +51,9 @@ def write_sheet(path, seed=0, size=96, columns=13):
 
 def nearest_neighbours(bank, labels, query, k=20):
     """Labels for `query` (m, d): majority of the k nearest in `bank` (n, d) by cosine, mean subtracted."""
-    bank = bank - bank.mean(0)
-    query = query - query.mean(0)
+    mean = bank.mean(0)
+    bank = bank - mean
+    query = query - mean
     bank /= np.linalg.norm(bank, axis=1, keepdims=True)
     nearest = np.argpartition(-(query @ bank.T), k, axis=1)[:, :k]
     votes = labels[nearest][..., None] == np.arange(len(CLASSES))  # (m, k, classes)
