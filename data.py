@@ -102,7 +102,8 @@ def crop_and_resize(image, box, size, flip):
 def grayscale(x, _=None):
     """(n, 3, h, w) -> (n, 1, h, w): .299 r + .587 g + .114 b, as Pillow. One channel: a third of the work."""
     r, g, b = x.chunk(3, dim=1)
-    return torch.lerp(torch.lerp(g, b, 0.114 / 0.701), r, 0.299)
+    gb = torch.lerp(g, b, 0.114 / 0.701)
+    return torch.lerp(gb, r, 0.299)
 
 
 def brightness(x, factor):

@@ -50,7 +50,8 @@ def _signed_distances(kind, u, v, phase):
         case "star":
             phi = np.arctan2(v, u) * (5 / (2 * np.pi))
             phi = np.abs(phi - np.round(phi)) * (2 * np.pi / 5)  # fold the five points onto one
-            return 0.36 - rho * (0.45 * np.cos(phi) + 0.8 * np.sin(phi)), np.ones_like(u)
+            edge = 0.45 * np.cos(phi) + 0.8 * np.sin(phi)
+            return 0.36 - rho * edge, np.ones_like(u)
         case "target":
             return disc, _waves(rho + phase)
         case "stripes":
@@ -62,9 +63,12 @@ def _signed_distances(kind, u, v, phase):
             return disc, _waves(diagonal * 0.7071 + phase)
         case "checks":
             columns = _waves(u + phase, 0.74)
-            return square, columns * np.sin((v + 1.7 * phase) * (2 * np.pi / 0.74))
+            rows = np.sin((v + 1.7 * phase) * (2 * np.pi / 0.74))
+            return square, columns * rows
         case "lattice":  # checks on their corner
-            return _signed_distances("checks", (u + v) * 0.7071, (u - v) * 0.7071, phase)
+            right = (u + v) * 0.7071
+            down = (u - v) * 0.7071
+            return _signed_distances("checks", right, down, phase)
         case "dots":
             dx = (u + phase) % 0.68 - 0.34
             dy = (v + 1.7 * phase) % 0.68 - 0.34
@@ -99,10 +103,11 @@ class Things(NamedTuple):
 @cache
 def _upsampling_weights(size, knots):
     """(size, knots) float32: W @ grid @ W.T enlarges a small random grid softly."""
-    x = (np.arange(size, dtype=np.float32)[:, None] + 0.5) / size * (knots - 1)
-    w = np.clip(1 - np.abs(x - np.arange(knots)), 0, 1)
-    w = w * w * (3 - 2 * w)
-    return (w / w.sum(1, keepdims=True)).astype(np.float32)
+    pixel = np.arange(size, dtype=np.float32)[:, None]
+    position = (pixel + 0.5) / size * (knots - 1)
+    weight = np.clip(1 - np.abs(position - np.arange(knots)), 0, 1)
+    weight = weight * weight * (3 - 2 * weight)
+    return (weight / weight.sum(1, keepdims=True)).astype(np.float32)
 
 
 def _random_colours(rng, light):
@@ -120,10 +125,12 @@ def _background(rng, size):
     fine = _upsampling_weights(size, 9)
     mix = soft @ rng.random((4, 4), dtype=np.float32) @ soft.T
     clutter = fine @ rng.normal(0, 0.09, (9, 9)).astype(np.float32) @ fine.T
-    colour = base[0] + mix[..., None] * (base[1] - base[0]) + clutter[..., None]
+    colour = base[0] + mix[..., None] * (base[1] - base[0])
+    colour = colour + clutter[..., None]
     horizon = rng.uniform(0.3, 0.7)
     wall = rng.uniform(7, FAR)
-    below = np.clip((np.arange(size) + 0.5) / size - horizon, 0, None) / (1 - horizon)
+    row = (np.arange(size) + 0.5) / size
+    below = np.clip(row - horizon, 0, None) / (1 - horizon)
     depth = 1 / ((1 - below) / wall + below / 4.2)  # a floor in perspective: 1/depth is linear in the row
     return colour, np.broadcast_to(depth[:, None], (size, size)).astype(np.float32)
 
@@ -132,7 +139,8 @@ def _place_things(rng):
     """Four to six things on a jittered 3 x 3 lattice: spread out, yet overlapping here and there."""
     n = int(rng.integers(4, 7))
     cell = rng.permutation(9)[:n]
-    x, y = (np.stack([cell % 3, cell // 3]) + rng.uniform(0.2, 0.8, (2, n))) / 3
+    corner = np.stack([cell % 3, cell // 3])
+    x, y = (corner + rng.uniform(0.2, 0.8, (2, n))) / 3
     depth = np.sort(rng.uniform(NEAR, 2.2, n))[::-1]
     radius = 0.5 / depth * rng.uniform(0.9, 1.1, n)
     angle = rng.uniform(-0.3, 0.3, n)  # +-17 degrees: stripes must not turn into bars
@@ -168,13 +176,16 @@ def render(seed, index, size=64):
     radius = things.radius * _radius_factor(kind)
     dx = grid - things.x[:, None]
     dy = grid - things.y[:, None]
-    near = dx[:, None] ** 2 + dy[:, :, None] ** 2 < (REACH * radius[:, None, None]) ** 2
+    distance_squared = dx[:, None] ** 2 + dy[:, :, None] ** 2  # (n, S, S)
+    near = distance_squared < (REACH * radius[:, None, None]) ** 2
     who, row, column = np.nonzero(near)
     cos = (np.cos(things.angle) / radius)[who]
     sin = (np.sin(things.angle) / radius)[who]
     px = dx[who, column]
     py = dy[who, row]
-    inside, tone = _signed_distances(kind, px * cos + py * sin, py * cos - px * sin, phase[who])
+    u = px * cos + py * sin
+    v = py * cos - px * sin
+    inside, tone = _signed_distances(kind, u, v, phase[who])
     pixels = (radius * size)[who]  # from radii to pixels: an edge is one pixel soft
     alpha = np.clip(inside * pixels + 0.5, 0, 1)[:, None]
     blend = np.clip(tone * pixels + 0.5, 0, 1)[:, None]
@@ -192,7 +203,8 @@ def render(seed, index, size=64):
         at = row[own][solid], column[own][solid]
         mask[at] = 1 + label
         depth[at] = things.depth[k]
-    return (np.clip(colour, 0, 1) * 255 + 0.5).astype(np.uint8), label, mask, depth
+    image = (np.clip(colour, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return image, label, mask, depth
 
 
 class Scenes:

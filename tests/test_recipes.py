@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import load_teacher, same_tensors
 
 import checkpoint
 import config
@@ -12,23 +13,26 @@ import train
 from config import UserError
 from features import init_from_weights, load_backbone
 from model import SIZES
+from optim import compute_schedules, total_steps
 
+# Any recipe, on 4 x 4 patches with 32 prototypes.
 TINY = ["student.arch=vit_laptop", "student.patch_size=8", "student.ffn_layer=mlp", "student.layerscale=1.0",
         "train.dataset_path=scenes:60:seed=3", "train.batch_size_per_gpu=4", "train.num_workers=0",
         "train.log_every=1", "crops.global_crops_size=32", "crops.local_crops_size=16",
         "crops.local_crops_number=2", "evaluation.train_path=", "evaluation.test_path=",
+        "dino.head_n_prototypes=32", "dino.head_hidden_dim=16", "dino.head_bottleneck_dim=8",
+        "ibot.head_n_prototypes=32", "ibot.head_hidden_dim=16", "ibot.head_bottleneck_dim=8",
         "speed.checkpointing=off"]  # fmt: skip
-HEADS = ["head_n_prototypes=32", "head_hidden_dim=16", "head_bottleneck_dim=8"]
-TINY += [f"{section}.{key}" for section in ("dino", "ibot") for key in HEADS]
-SHORT = ["train.OFFICIAL_EPOCH_LENGTH=2", "optim.epochs=2", "optim.warmup_epochs=0"]
+FOUR_STEPS = ["train.OFFICIAL_EPOCH_LENGTH=2", "optim.epochs=2", "optim.warmup_epochs=0"]
 
 
-def go(folder, *arguments):
+def run_recipe(folder, *arguments):
+    """-> the content of teacher.pth."""
     assert train.main(["--output-dir", str(folder), *arguments]) == 0
     return torch.load(folder / "teacher.pth", weights_only=True)
 
 
-def settings(preset, *overrides):
+def tiny_recipe(preset, *overrides):
     return config.load(model=preset, overrides=[*TINY, *overrides])
 
 
@@ -36,42 +40,45 @@ def settings(preset, *overrides):
 def pretrained(tmp_path_factory):
     """A run of the recipe that the three below start from: 32 pixels, so positions for 4 x 4 patches."""
     folder = tmp_path_factory.mktemp("pretrained") / "run"
-    go(folder, "--model", "vitl14", *TINY, *SHORT, "optim.freeze_last_layer_epochs=0")
+    run_recipe(folder, "--model", "vitl14", *TINY, *FOUR_STEPS, "optim.freeze_last_layer_epochs=0")
     return folder
 
 
-def bare(run, folder):
-    """The backbone alone, as released files hold it."""
+def backbone_file(run, folder):
+    """The backbone of a run alone, as released files hold it: folder/released.pth."""
     content = torch.load(run / "teacher.pth", weights_only=True)
-    tensors = {k: v for k, v in content["teacher"].items() if k.startswith("backbone.")}
-    torch.save({"teacher": tensors, "arch": content["arch"]}, folder / "released.pth")
+    content["teacher"] = {k: v for k, v in content["teacher"].items() if k.startswith("backbone.")}
+    torch.save(content, folder / "released.pth")
     return folder / "released.pth"
 
 
-def part_of(run, step, part, cfg):
-    state = {part: getattr(train.TrainState(cfg), part).state_dict()}
+def load_saved(run, step, network, cfg):
+    """The weights of "student" or "teacher" in a checkpoint of a run."""
+    state = {network: getattr(train.TrainState(cfg), network).state_dict()}
     checkpoint.load_checkpoint(run / "checkpoints" / f"step_{step:08d}", state)
-    return state[part]
+    return state[network]
 
 
 def test_going_on_from_released_weights(pretrained, tmp_path, capsys):
-    file = bare(pretrained, tmp_path)
-    larger = [*TINY, *SHORT, "crops.global_crops_size=64", "train.checkpoint_every=2",
+    file = backbone_file(pretrained, tmp_path)
+    larger = [*TINY, *FOUR_STEPS, "crops.global_crops_size=64", "train.checkpoint_every=2",
               "optim.freeze_backbone_epochs=1"]  # fmt: skip
-    go(tmp_path / "run", "--model", "vitb14_continue", "--init-from", str(file), *larger)
-    said = capsys.readouterr().out
-    assert f"start: backbone of {file}, its positions resized from 4 x 4 to 8 x 8; heads drawn anew" in said
+    run_recipe(tmp_path / "run", "--model", "vitb14_continue", "--init-from", str(file), *larger)
+    start = f"start: backbone of {file}, its positions resized from 4 x 4 to 8 x 8; heads drawn anew"
+    assert start in capsys.readouterr().out
     cfg = config.load(tmp_path / "run" / "config.yaml")
-    old = load_backbone(file)
-    for name in ("student", "ema"):  # the heads have learned, the backbone waits
-        saved = part_of(tmp_path / "run", 2, "student" if name == "student" else "teacher", cfg)
-        waiting = {k.removeprefix("backbone."): v for k, v in saved.items() if k.startswith("backbone.")}
-        assert all(torch.equal(waiting[k], v) for k, v in old.state_dict().items() if k != "pos_embed")
-    start = train.TrainState(cfg).student.state_dict()
-    moved = part_of(tmp_path / "run", 2, "student", cfg)
-    assert not torch.equal(start["dino_head.mlp.0.weight"], moved["dino_head.mlp.0.weight"])
-    end = part_of(tmp_path / "run", 4, "student", cfg)
-    assert not torch.equal(end["backbone.blocks.0.attn.qkv.weight"], old.blocks[0].attn.qkv.weight)
+    old = load_backbone(file).state_dict()
+    for network in ("student", "teacher"):  # the heads have learned, the backbone waits
+        saved = load_saved(tmp_path / "run", 2, network, cfg)
+        for name, value in old.items():
+            if name != "pos_embed":
+                assert torch.equal(saved[f"backbone.{name}"], value), name
+    first_layer = "dino_head.mlp.0.weight"
+    halfway = load_saved(tmp_path / "run", 2, "student", cfg)
+    assert not torch.equal(train.TrainState(cfg).student.state_dict()[first_layer], halfway[first_layer])
+    qkv = "blocks.0.attn.qkv.weight"
+    end = load_saved(tmp_path / "run", 4, "student", cfg)
+    assert not torch.equal(end[f"backbone.{qkv}"], old[qkv])
 
 
 def test_the_high_resolution_stage(pretrained, tmp_path):
@@ -79,97 +86,104 @@ def test_the_high_resolution_stage(pretrained, tmp_path):
     larger = [*TINY, "crops.global_crops_size=64", "optim.epochs=2", "optim.warmup_epochs=1",
               "train.OFFICIAL_EPOCH_LENGTH=2"]  # fmt: skip
     cfg = config.load(model="vitl14_highres", overrides=[*larger, f"train.init_from={pretrained}"])
-    t = train.TrainState(cfg)
-    assert t.origin.endswith("from 4 x 4 to 8 x 8; heads of the same")
-    images, old = torch.randn(2, 3, 64, 64), load_backbone(pretrained)
-    new = t.ema.backbone(images)
-    torch.testing.assert_close(new.patches, old(images).patches, rtol=1e-5, atol=1e-6)
-    theirs = torch.load(pretrained / "teacher.pth", weights_only=True)["teacher"]
-    assert all(torch.equal(v, theirs[k]) for k, v in t.student.state_dict().items() if "head." in k)
-    content = go(tmp_path / "run", "--model", "vitl14_highres", "--init-from", str(pretrained), *larger)
-    assert content["arch"]["img_size"] == 64 and content["teacher"]["backbone.pos_embed"].shape[1] == 65
+    state = train.TrainState(cfg)
+    assert state.origin.endswith("from 4 x 4 to 8 x 8; heads of the same")
+    images = torch.randn(2, 3, 64, 64)
+    expected = load_backbone(pretrained)(images)
+    torch.testing.assert_close(state.ema.backbone(images).patches, expected.patches, rtol=1e-5, atol=1e-6)
+    theirs = load_teacher(pretrained)
+    for name, value in state.student.state_dict().items():
+        if "head." in name:
+            assert torch.equal(value, theirs[name]), name
+    arguments = ["--model", "vitl14_highres", "--init-from", str(pretrained), *larger]
+    content = run_recipe(tmp_path / "run", *arguments)
+    assert content["arch"]["img_size"] == 64
+    assert content["teacher"]["backbone.pos_embed"].shape[1] == 65
 
 
 def test_the_high_resolution_schedules_are_those_of_the_long_run_compressed():
-    long, short = (config.load(model=m) for m in ("vitl14", "vitl14_highres"))
-    assert round(short.optim.epochs * short.train.OFFICIAL_EPOCH_LENGTH) == 10_000
+    long = config.load(model="vitl14")
+    short = config.load(model="vitl14_highres")
+    assert total_steps(short) == 10_000
     for share in (0.1, 0.5, 0.9):
-        a, b = (train.compute_schedules(c, round(share * c.optim.epochs * c.train.OFFICIAL_EPOCH_LENGTH))
-                for c in (long, short))  # fmt: skip
-        for key in ("weight_decay", "momentum", "teacher_temp"):
-            assert a[key] == pytest.approx(b[key], rel=1e-3)
+        expected = compute_schedules(long, round(share * total_steps(long)))
+        found = compute_schedules(short, round(share * total_steps(short)))
+        for name in ("weight_decay", "momentum", "teacher_temp"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-3)
 
 
 @pytest.fixture
 def smaller(monkeypatch):
+    """The settings of a student that is smaller than the teacher."""
     monkeypatch.setitem(SIZES, "vit_small", dict(embed_dim=48, depth=2, num_heads=3))
     return ["student.arch=vit_small"]
 
 
 def test_distillation(pretrained, smaller, tmp_path):
-    arguments = ["--model", "vits14_distill", *TINY, *smaller, *SHORT, f"train.distill_from={pretrained}",
-                 "train.checkpoint_every=2", "optim.freeze_last_layer_epochs=0"]  # fmt: skip
-    content = go(tmp_path / "run", *arguments)
+    arguments = ["--model", "vits14_distill", f"train.distill_from={pretrained}", *TINY, *smaller]
+    arguments += [*FOUR_STEPS, "train.checkpoint_every=2", "optim.freeze_last_layer_epochs=0"]
+    content = run_recipe(tmp_path / "run", *arguments)
     assert content["arch"]["embed_dim"] == 48
     cfg = config.load(tmp_path / "run" / "config.yaml")
-    t = train.TrainState(cfg)
-    frozen = torch.load(pretrained / "teacher.pth", weights_only=True)["teacher"]
-    assert all(torch.equal(v, frozen[k]) for k, v in t.teacher.state_dict().items())
-    start = t.ema.state_dict()
-    assert any(not torch.equal(v, start[k]) for k, v in content["teacher"].items()), "the average has moved"
+    state = train.TrainState(cfg)
+    assert same_tensors(state.teacher.state_dict(), load_teacher(pretrained))
+    assert not same_tensors(state.ema.state_dict(), content["teacher"]), "the average has not moved"
     # stopped and resumed, it comes to the same
     for path in (tmp_path / "run" / "checkpoints").glob("step_*4"):
         shutil.rmtree(checkpoint.move_aside(path))
-    again = go(tmp_path / "run", *arguments, "--resume")
-    assert all(torch.equal(v, again["teacher"][k]) for k, v in content["teacher"].items())
+    again = run_recipe(tmp_path / "run", *arguments, "--resume")
+    assert same_tensors(again["teacher"], content["teacher"])
 
 
 def test_a_step_of_distillation_hides_nothing_and_spares_the_teacher(pretrained, smaller):
-    cfg = settings("vits14_distill", *smaller, f"train.distill_from={pretrained}")
-    t, loader = train.TrainState(cfg), None
-    loader = train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu")
-    batch = next(loader)
+    cfg = tiny_recipe("vits14_distill", *smaller, f"train.distill_from={pretrained}")
+    state = train.TrainState(cfg)
+    batch = next(train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu"))
     assert len(batch["mask_indices"]) == 2 * 4 * 16, "the iBOT loss is over all patches"
-    seen = []
-    t.student.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
-    before = [v.clone() for v in t.teacher.state_dict().values()]
-    now = dict(train.compute_schedules(cfg, 0), lr=1e-3, last_layer_lr=1e-3, backbone_lr=1e-3)
-    metrics = train.train_step(t, [batch], now, cfg)
-    assert seen == [[None, None]] and metrics["loss_ibot"] > 0 and not metrics["skipped"]
-    assert all(torch.equal(a, b) for a, b in zip(before, t.teacher.state_dict().values(), strict=True))
+    masks = []
+    backbone = state.student.backbone
+    backbone.register_forward_pre_hook(lambda module, inputs: masks.append(inputs[1]))
+    before = {name: value.clone() for name, value in state.teacher.state_dict().items()}
+    schedules = dict(compute_schedules(cfg, 0), lr=1e-3, last_layer_lr=1e-3, backbone_lr=1e-3)
+    metrics = train.train_step(state, [batch], schedules, cfg)
+    assert masks == [[None, None]]
+    assert metrics["loss_ibot"] > 0
+    assert not metrics["skipped"]
+    assert same_tensors(state.teacher.state_dict(), before)
 
 
-def complaint(preset, *overrides):
-    with pytest.raises(UserError) as e:
-        train.TrainState(settings(preset, *overrides))
-    assert "\n" not in str(e.value)
-    return str(e.value)
+def refusal(preset, *overrides):
+    """The sentence with which a run is refused."""
+    with pytest.raises(UserError) as error:
+        train.TrainState(tiny_recipe(preset, *overrides))
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def test_what_does_not_fit_is_one_sentence(pretrained, smaller, tmp_path):
-    file = bare(pretrained, tmp_path)
-    begin = f"train.init_from={pretrained}"
-    assert "embed_dim is 96 there, 48 here" in complaint("vitb14_continue", begin, *smaller)
-    assert "num_register_tokens is 4" in complaint("vitb14_continue", begin, "student.num_register_tokens=0")
-    assert "interpolate_offset" in complaint("vitb14_continue", begin, "student.interpolate_offset=0.1")
-    assert "no weights at" in complaint("vitb14_continue", "train.init_from=/nowhere.pth")
-    learn = f"train.distill_from={pretrained}"
-    assert "32 there, 64 here" in complaint("vits14_distill", learn, "dino.head_n_prototypes=64")
-    assert "separate_head" in complaint("vits14_distill", learn, "ibot.separate_head=false")
-    assert "no run at /nowhere" in complaint("vits14_distill", "train.distill_from=/nowhere")
+    init_from = f"train.init_from={pretrained}"
+    assert "embed_dim is 96 there, 48 here" in refusal("vitb14_continue", init_from, *smaller)
+    no_registers = refusal("vitb14_continue", init_from, "student.num_register_tokens=0")
+    assert "num_register_tokens is 4" in no_registers
+    assert "interpolate_offset" in refusal("vitb14_continue", init_from, "student.interpolate_offset=0.1")
+    assert "no weights at" in refusal("vitb14_continue", "train.init_from=/nowhere.pth")
+    distill_from = f"train.distill_from={pretrained}"
+    assert "32 there, 64 here" in refusal("vits14_distill", distill_from, "dino.head_n_prototypes=64")
+    assert "separate_head" in refusal("vits14_distill", distill_from, "ibot.separate_head=false")
+    assert "no run at /nowhere" in refusal("vits14_distill", "train.distill_from=/nowhere")
     headless = tmp_path / "headless"
     headless.mkdir()
     (headless / "config.yaml").write_text((pretrained / "config.yaml").read_text())
-    file.rename(headless / "teacher.pth")
-    assert "lacks heads" in complaint("vits14_distill", f"train.distill_from={headless}")
+    backbone_file(pretrained, tmp_path).rename(headless / "teacher.pth")
+    assert "lacks heads" in refusal("vits14_distill", f"train.distill_from={headless}")
 
 
 def test_released_weights_start_as_they_are(tmp_path, monkeypatch):
     """Bare tensors without a description, 518-pixel positions: the architecture is read from the shapes."""
     monkeypatch.setitem(SIZES, "vit_base", dict(embed_dim=128, depth=2, num_heads=2))
     cfg = config.load(model="vitb14_continue", overrides=["dino.head_n_prototypes=16"])
-    released = model.VisionTransformer(**SIZES["vit_base"], num_register_tokens=4, interpolate_antialias=True,
-                                       interpolate_offset=0.0, init_std=0.1).eval()  # fmt: skip
+    layout = dict(num_register_tokens=4, interpolate_antialias=True, interpolate_offset=0.0)
+    released = model.VisionTransformer(**SIZES["vit_base"], **layout, init_std=0.1).eval()
     torch.save(released.state_dict(), tmp_path / "released.pth")
     ours = model.DINOv2(cfg)
     assert "from 37 x 37 to 16 x 16" in init_from_weights(ours, tmp_path / "released.pth")[0]

@@ -1,4 +1,4 @@
-"""Whole runs on tiny settings: determinism, resume, signals, results, and what train.py says to bad input."""
+"""Whole runs on tiny settings: determinism, resume, signals, results, and clear answers to bad input."""
 
 import errno
 import itertools
@@ -34,7 +34,6 @@ import optim
 import runfolder
 import train
 from config import UserError
-
 
 
 def result_of(folder):

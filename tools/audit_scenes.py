@@ -23,7 +23,8 @@ def scene_pictures(image, label, mask, depth):
     """A scene as three pictures (S, S, 3) uint8: the image, the mask, the depth (near is bright)."""
     colour = Image.new("HSV", (1, 1), (25 * label, 190, 230)).convert("RGB")
     mask_picture = np.where(mask[..., None] > 0, np.asarray(colour), np.uint8(24))
-    near = (1 / depth - 1 / FAR) / (1 / NEAR - 1 / FAR)
+    near = 1 / depth - 1 / FAR
+    near = near / (1 / NEAR - 1 / FAR)
     grey = (255 * near.clip(0, 1)).astype(np.uint8)
     return [image, mask_picture, np.stack([grey] * 3, -1)]
 
@@ -57,12 +58,14 @@ def nearest_neighbours(bank, labels, query, k=20):
     bank /= np.linalg.norm(bank, axis=1, keepdims=True)
     nearest = np.argpartition(-(query @ bank.T), k, axis=1)[:, :k]
     votes = labels[nearest][..., None] == np.arange(len(CLASSES))  # (m, k, classes)
-    return votes.sum(1).argmax(1)
+    counts = votes.sum(1)
+    return counts.argmax(1)
 
 
 def linear_probe(bank, labels, query):
     """Labels for `query` (m, d) by least squares on the features and their squares."""
-    weights = np.linalg.lstsq(with_squares(bank), np.eye(len(CLASSES))[labels], rcond=None)[0]
+    targets = np.eye(len(CLASSES))[labels]
+    weights = np.linalg.lstsq(with_squares(bank), targets, rcond=None)[0]
     return (with_squares(query) @ weights).argmax(1)
 
 
@@ -76,7 +79,8 @@ def audit(seed=0, bank=4000, query=1000):
     start = time.perf_counter()
     images, labels, masks, _ = map(np.stack, zip(*(render(seed, i) for i in range(total))))
     table = {"images/s, one core": total / (time.perf_counter() - start)}
-    images = images.reshape(-1, 32, 2, 32, 2, 3).mean((2, 4), dtype=np.float32) / 255  # as a crop sees them
+    images = images.reshape(-1, 32, 2, 32, 2, 3).mean((2, 4), dtype=np.float32)  # as a crop sees them
+    images = images / 255
     rows = (
         ("raw pixels at 32 x 32, k-NN", nearest_neighbours, images.reshape(total, -1)),
         ("mean colour, linear probe", linear_probe, images.mean((1, 2))),
