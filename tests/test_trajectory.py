@@ -73,15 +73,29 @@ def double_precision():
             torch.set_default_dtype(single)
 
 
+def draw(rng, *shape):
+    """NumPy's numbers: those of PyTorch differ between its versions."""
+    return torch.from_numpy(rng.normal(0, 1, shape))
+
+
+@torch.no_grad()
+def draw_weights(state):
+    rng = np.random.default_rng(0)
+    for parameter in state.student.parameters():
+        if parameter.min() < parameter.max():  # biases, norms and LayerScale start constant: they stay
+            parameter.copy_(0.1 * draw(rng, *parameter.shape))
+    state.ema.load_state_dict(state.student.state_dict())
+
+
 def make_batch(cfg, step):
     """Noise under the real masks of that step."""
-    rng = torch.Generator().manual_seed(step)
+    rng = np.random.default_rng(step)
     crops = cfg.crops
     B = cfg.train.batch_size_per_gpu
-    global_crops = torch.rand(2 * B, 3, crops.global_crops_size, crops.global_crops_size, generator=rng)
-    local_shape = (crops.local_crops_number * B, 3, crops.local_crops_size, crops.local_crops_size)
+    global_crops = draw(rng, 2 * B, 3, crops.global_crops_size, crops.global_crops_size)
+    local_crops = draw(rng, crops.local_crops_number * B, 3, crops.local_crops_size, crops.local_crops_size)
     masks = sample_masks(cfg, step, range(2 * B), 2 * B)
-    return dict(masks, globals=global_crops, locals=torch.rand(*local_shape, generator=rng))
+    return dict(masks, globals=global_crops, locals=local_crops)
 
 
 def norm(module):
@@ -93,8 +107,8 @@ def trajectory(overrides):
     cfg = config.load(model="debug", overrides=SETTINGS + overrides)
     rows = []
     with double_precision():
-        torch.manual_seed(0)
         state = train.TrainState(cfg)
+        draw_weights(state)
         for step in range(STEPS):
             torch.manual_seed(step)  # of drop path
             schedules = optim.compute_schedules(cfg, step)
@@ -116,7 +130,7 @@ def test_twenty_steps(variant):
     found = trajectory(VARIANTS[variant])
     assert found.keys() == pinned.keys()
     for name, values in found.items():
-        np.testing.assert_allclose(values, pinned[name], rtol=1e-8, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(values, pinned[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def clip_jointly(student, max_norm):
