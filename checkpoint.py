@@ -9,7 +9,7 @@ A checkpoint is a folder, checkpoints/step_00001234/:
 The folder is written under another name, flushed to the disk and renamed at the very end, so a folder called
 step_* was complete once (kill -9 during a plain torch.save ruins the file almost every time). Reading never
 runs code from a file: DCP unpickles its metadata; here, the unpickler admits only the few classes it needs.
-All ranks must see the same folder, and all of them must call `start`, `wait`, `newest` and `restore`.
+All ranks must see the same folder and call `start`, `wait`, `newest_intact` and `load_checkpoint` together.
 """
 
 import hashlib
@@ -75,9 +75,8 @@ class CheckpointWriter:
         if reason:
             raise UserError(self.failure(reason))
         files = dcp.FileSystemWriter(temporary, sync_files=True)
-        copied = dcp.async_save(
-            state, storage_writer=files, process_group=self.group, no_dist=self.group is None
-        )
+        ranks = dict(process_group=self.group, no_dist=self.group is None)
+        copied = dcp.async_save(state, storage_writer=files, **ranks)
         meta = {"step": step, **(meta or {})}
         commit = partial(commit_checkpoint, temporary, self.target, meta, keep_last, keep_every)
         self.saving = self.thread.submit(self.complete, copied.result, commit, temporary, teacher)
@@ -154,7 +153,8 @@ def commit_checkpoint(temporary, target, meta, keep_last, keep_every):
     # Later checkpoints than ours are damaged ones: they do not count among those to keep.
     ours = [path for path in step_folders(target.parent) if path.name <= target.name]
     for path in ours[keep_last:]:
-        if not keep_every or step_of(path) % keep_every:
+        step = int(path.name.removeprefix("step_"))
+        if not keep_every or step % keep_every:
             shutil.rmtree(move_aside(path), ignore_errors=True)
 
 
@@ -178,10 +178,6 @@ def fsync_folder(path):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-
-
-def step_of(path):
-    return int(path.name.removeprefix("step_"))
 
 
 def step_folders(folder):
@@ -330,15 +326,8 @@ def save_checkpoint(writer, state, folder, cfg, logger):
     """Start to write a checkpoint to resume from, and the teacher as a plain file to use."""
     meta = dict(seconds=logger.seconds, images=logger.images, bad=logger.num_bad_images)
     teacher = folder / "teacher.pth", full_state_dict(state.ema), state.ema.backbone.arch
-    writer.start(
-        folder / "checkpoints",
-        state.step,
-        checkpoint_state(state),
-        meta,
-        cfg.train.keep_last,
-        cfg.train.keep_every,
-        teacher,
-    )
+    keep = dict(keep_last=cfg.train.keep_last, keep_every=cfg.train.keep_every)
+    writer.start(folder / "checkpoints", state.step, checkpoint_state(state), meta, **keep, teacher=teacher)
 
 
 def full_state_dict(module):

@@ -43,7 +43,7 @@ def param_group_multipliers(name, depth, layerwise_decay, patch_embed_lr_mult):
 
 
 def make_optimizer(student, cfg):
-    """AdamW over the student's parameters, grouped by equal multipliers; `set_rates` sets lr and decay."""
+    """AdamW over the student's parameters, in groups of equal multipliers; see `apply_schedules`."""
     optim = cfg.optim
     depth = len(student.backbone.blocks)
     by_multipliers = {}

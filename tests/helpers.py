@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import sys
 import zlib
@@ -93,8 +94,8 @@ def take_steps(cfg, steps=1, batch=None):
 
 # Ten steps of eight scenes, none of them for k-NN: about a second.
 TINY_RUN = ["--model", "debug", "train.dataset_path=scenes:60:seed=3", "train.batch_size_per_gpu=8",
-            "train.OFFICIAL_EPOCH_LENGTH=10", "train.log_every=1", "optim.epochs=1", "optim.warmup_epochs=0.2",
-            "teacher.warmup_teacher_temp_epochs=0.5", "student.drop_path_rate=0.3",
+            "train.OFFICIAL_EPOCH_LENGTH=10", "train.log_every=1", "optim.epochs=1",
+            "optim.warmup_epochs=0.2", "teacher.warmup_teacher_temp_epochs=0.5", "student.drop_path_rate=0.3",
             "evaluation.train_path=", "evaluation.test_path="]  # fmt: skip
 
 
@@ -148,6 +149,42 @@ def fake_png(width, height, *chunks):
     for kind, data in [(b"IHDR", header), *chunks, (b"IEND", b"")]:
         content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     return content
+
+
+# ---------------------------------------------------------------- predictions by nearest neighbours
+
+
+def make_color_sets(folder):
+    """Images of two flat colours, a network that tells them apart, and two photos, one of them broken.
+
+    -> the arguments that name network and sets, and the paths of the photos.
+    """
+    for split in ("train", "test"):
+        for kind, color in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+            (folder / split / kind).mkdir(parents=True)
+            for i in range(6):
+                shade = tuple(channel + 4 * i for channel in color)
+                Image.new("RGB", (40, 30), shade).save(folder / split / kind / f"{i}.png")
+    (folder / "train" / "red" / "0.png").write_bytes(b"broken")
+    Image.new("RGB", (33, 60), (35, 33, 210)).save(folder / "new.png")
+    (folder / "bad.png").write_bytes(b"broken")
+    torch.manual_seed(0)
+    backbone = VisionTransformer(32, 2, 2, patch_size=8, img_size=32, layerscale=1.0).requires_grad_(False)
+    for parameter in backbone.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.1)  # the same in every PyTorch: trunc_normal_'s numbers have changed
+    backbone.cls_token.zero_()  # [CLS] then depends on the image alone
+    torch.save({"teacher": backbone.state_dict(), "arch": {"num_heads": 2}}, folder / "t.pth")
+    sets = ["--train", f"folder:{folder}/train", "--test", f"folder:{folder}/test", "--image-size", "32"]
+    photos = [str(folder / "new.png"), str(folder / "bad.png")]
+    return ["--weights", str(folder / "t.pth"), *sets, "--k", "4"], photos
+
+
+def check_printed_predictions(printed):
+    assert "left out: " in printed
+    assert "bad.png" in printed
+    assert re.search(r"new.png: blue, \d+% of the votes \(right in \d+% of \d+ queries", printed)
+    assert re.search(r"expected calibration error on 12 queries: 0\.\d{3}", printed)
 
 
 # ---------------------------------------------------------------- hostile files and child processes

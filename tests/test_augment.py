@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 import config
@@ -39,8 +40,10 @@ def as_floats(image):
 def difference_from_pillow(operation, value, image):
     """The two results of one operation on one image, subtracted: (3, H, W)."""
     argument = torch.full((1, 1, 1, 1), value)
-    ours = OURS[operation](as_floats(image)[None].contiguous(), argument)[0]
-    return (ours - as_floats(PILLOWS[operation](image, value))).abs()
+    images = as_floats(image)[None].contiguous()
+    ours = OURS[operation](images, argument)[0]
+    theirs = PILLOWS[operation](image, value)
+    return (ours - as_floats(theirs)).abs()
 
 
 JITTER_CASES = [
@@ -71,7 +74,8 @@ def gaussian_blur_9_taps(x, sigma):
     """An exact convolution in float64 with mirrored edges, as torchvision defines it: (H, W) -> (H, W)."""
     taps = np.exp(-0.5 * (np.arange(-4, 5) / sigma) ** 2)
     kernel = np.outer(taps, taps) / taps.sum() ** 2
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, 4, mode="reflect"), (9, 9))
+    padded = np.pad(x, 4, mode="reflect")
+    windows = sliding_window_view(padded, (9, 9))
     return (windows * kernel).sum((2, 3))
 
 
@@ -93,7 +97,8 @@ def test_crop_agrees_with_pillow(left, top, width, height, size):
     image = photo()
     box = np.array([left, top, width, height])
     ours = crop_and_resize(to_tensor(image), box, size, False)
-    theirs = image.crop((left, top, left + width, top + height)).resize((size, size), Image.BICUBIC)
+    cropped = image.crop((left, top, left + width, top + height))
+    theirs = cropped.resize((size, size), Image.BICUBIC)
     difference = (ours.float() - as_floats(theirs)).abs()
     assert difference.max() <= 2
     assert difference.mean() < 0.05
@@ -114,7 +119,8 @@ def test_whole_chain_agrees_with_pillow(size, batch):
     colors = colors[:, 1]  # of the second crop: it alone is solarized
     colors[:, BLUR_SIGMA] = 0  # blur is another filter in Pillow; it has its own test
     images = [photo(size, size, seed=k % 5) for k in range(batch)]
-    ours = photometric(torch.stack([to_tensor(image) for image in images]), torch.from_numpy(colors))
+    crops = torch.stack([to_tensor(image) for image in images])
+    ours = photometric(crops, torch.from_numpy(colors))
     whole = (0, 0, size, size)
     theirs = [pillow_crop(image, whole, size, False, row) for image, row in zip(images, colors)]
     difference = (ours - torch.stack(theirs)).abs() * IMAGENET_STD * 255
@@ -141,9 +147,10 @@ def test_both_ways_to_augment_agree(size):
     colors = torch.from_numpy(colors[:, 1])
     images = torch.randint(0, 256, (9, 3, size, size), dtype=torch.uint8)
     (_, batched), *rest = [(rows, x) for rows, x in augment_batched(images, colors)]
-    alone = torch.cat([x for _, x in augment_one_by_one(images, colors)])
     assert not rest
-    assert (batched - alone).abs().max() < 0.3
+    alone = [x for _, x in augment_one_by_one(images, colors)]
+    difference = batched - torch.cat(alone)
+    assert difference.abs().max() < 0.3
 
 
 def near(values, expected):

@@ -1,17 +1,14 @@
 """Weighted k-NN against the authors' (tests/golden), and the command."""
 
-import re
 import sys
 
 import pytest
 import torch
-from helpers import assert_close, load_golden
-from PIL import Image
+from helpers import assert_close, check_printed_predictions, load_golden, make_color_sets
 
 import eval_knn
 from config import UserError
 from eval_knn import calibration, knn_accuracy, knn_predict, knn_scores, majority_accuracy
-from model import VisionTransformer
 
 KS = (5, 10, 20, 100)
 BANK = torch.eye(4).repeat(3, 1)  # three times each of four directions,
@@ -64,39 +61,6 @@ def test_calibration_of_the_honest_and_of_the_liar():
     error, table = calibration(torch.ones(100), right_half_of_the_time)
     assert error == pytest.approx(0.5)
     assert table[-1] == (1.0, 0.5, 100)  # 1.0 lies in the last bin, not behind it
-
-
-def make_color_sets(folder):
-    """Images of two flat colours, a network that tells them apart, and two photos, one of them broken.
-
-    -> the arguments that name network and sets, and the paths of the photos.
-    """
-    for split in ("train", "test"):
-        for kind, color in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
-            (folder / split / kind).mkdir(parents=True)
-            for i in range(6):
-                shade = tuple(channel + 4 * i for channel in color)
-                Image.new("RGB", (40, 30), shade).save(folder / split / kind / f"{i}.png")
-    (folder / "train" / "red" / "0.png").write_bytes(b"broken")
-    Image.new("RGB", (33, 60), (35, 33, 210)).save(folder / "new.png")
-    (folder / "bad.png").write_bytes(b"broken")
-    torch.manual_seed(0)
-    backbone = VisionTransformer(32, 2, 2, patch_size=8, img_size=32, layerscale=1.0).requires_grad_(False)
-    for parameter in backbone.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=0.1)  # the same in every PyTorch: trunc_normal_'s numbers have changed
-    backbone.cls_token.zero_()  # [CLS] then depends on the image alone
-    torch.save({"teacher": backbone.state_dict(), "arch": {"num_heads": 2}}, folder / "t.pth")
-    sets = ["--train", f"folder:{folder}/train", "--test", f"folder:{folder}/test", "--image-size", "32"]
-    photos = [str(folder / "new.png"), str(folder / "bad.png")]
-    return ["--weights", str(folder / "t.pth"), *sets, "--k", "4"], photos
-
-
-def check_printed_predictions(printed):
-    assert "left out: " in printed
-    assert "bad.png" in printed
-    assert re.search(r"new.png: blue, \d+% of the votes \(right in \d+% of \d+ queries", printed)
-    assert re.search(r"expected calibration error on 12 queries: 0\.\d{3}", printed)
 
 
 def test_predict_names_class_and_share(tmp_path, monkeypatch, capsys):

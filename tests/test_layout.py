@@ -31,13 +31,21 @@ def imported_modules(source):
     return modules
 
 
+def texts_in(source):
+    """All literal texts of a source that are one word: names of files and modules, not prose."""
+    constants = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    return {value for value in constants if isinstance(value, str) and not re.search(r"\s", value)}
+
+
 def files_used(name):
-    """The files of the repository that one file executes: imports, and any .py that it names in a text."""
+    """The files of the repository that one file executes: those it imports, or names for a child process."""
     source = text_of(name)
     files = {module.replace(".", "/") + ".py" for module in imported_modules(source)}
-    calls = [ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    for call in calls:  # runpy, subprocess: a script named in the arguments
-        files |= set(re.findall(r"['\"]([\w/]+\.py)['\"]", call))
+    for text in texts_in(source):
+        if text.endswith(".py"):  # runpy, subprocess
+            files.add(text)
+        elif re.fullmatch(r"\w+\.\w+", text):  # python -m folder.module
+            files.add(text.replace(".", "/") + ".py")
     return {file for file in files if (ROOT / file).is_file()} - {name}
 
 
@@ -83,13 +91,14 @@ def test_the_top_level_needs_no_folder_but_kernels(name):
 def test_the_product_needs_neither_tests_nor_documents(name):
     roots = {module.split(".")[0] for module in imported_modules(text_of(name))}
     assert not roots & {"tests", "helpers", "conftest", "labs", "results"}
-    calls = [ast.unparse(node) for node in ast.walk(ast.parse(text_of(name))) if isinstance(node, ast.Call)]
-    assert not [call for call in calls if re.search(r"README|tests/", call) and "read_text" in call]
+    assert not [text for text in texts_in(text_of(name)) if re.search(r"README|tests/", text)]
 
 
 def test_a_lazy_import_or_a_script_run_by_name_counts(tmp_path, monkeypatch):
-    (tmp_path / "a.py").write_text("def f():\n    import b\n    runpy.run_path('c.py')\n")
-    for name in "bc":
+    command = "subprocess.run([sys.executable, '-m', 'tools.d'])"
+    (tmp_path / "a.py").write_text(f"def f():\n    import b\n    runpy.run_path('c.py')\n    {command}\n")
+    (tmp_path / "tools").mkdir()
+    for name in ("b", "c", "tools/d"):
         (tmp_path / f"{name}.py").write_text("")
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    assert reading_closure("a.py") == {"a.py": 0, "b.py": 1, "c.py": 1}
+    assert reading_closure("a.py") == {"a.py": 0, "b.py": 1, "c.py": 1, "tools/d.py": 1}

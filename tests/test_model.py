@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, Bomb, assert_close, load_golden
-from helpers import RELEASED_CHECKPOINTS as RELEASED
+from helpers import GOLDEN, RELEASED_CHECKPOINTS, Bomb, assert_close, load_golden
 from torch.nn.functional import layer_norm
 
 import features
@@ -204,16 +203,16 @@ def test_weights_load_and_describe_themselves(tmp_path, options):
 def released_shapes(name):
     """{name: shape} of all tensors of a released file."""
     shapes = {}
-    for key, shape in RELEASED[name]["keys"].items():
+    for key, shape in RELEASED_CHECKPOINTS[name]["keys"].items():
         if "blocks.0." in key:
-            for block in range(RELEASED[name]["depth"]):
+            for block in range(RELEASED_CHECKPOINTS[name]["depth"]):
                 shapes[key.replace(".0.", f".{block}.", 1)] = shape
         elif "blocks." not in key:
             shapes[key] = shape
     return shapes
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", RELEASED_CHECKPOINTS)
 def test_layout_of_the_released_files(name):
     """A file of exactly the published names and shapes loads strict, and tells its architecture."""
     shapes = released_shapes(name)
@@ -221,7 +220,7 @@ def test_layout_of_the_released_files(name):
         tensors = {key: torch.empty(shape) for key, shape in shapes.items()}
         backbone = VisionTransformer(**features.infer_arch(tensors, {}, name))
     assert {key: list(value.shape) for key, value in backbone.state_dict().items()} == shapes
-    assert sum(p.numel() for p in backbone.parameters()) == RELEASED[name]["n_params"]
+    assert sum(p.numel() for p in backbone.parameters()) == RELEASED_CHECKPOINTS[name]["n_params"]
     has_registers = "reg4" in name
     assert backbone.interpolate_antialias == has_registers
     assert backbone.interpolate_offset == (0.0 if has_registers else 0.1)
@@ -229,7 +228,8 @@ def test_layout_of_the_released_files(name):
     assert backbone.blocks[0].attn.num_heads == backbone.embed_dim // 64
 
 
-@pytest.mark.parametrize("name", [name for name in RELEASED if "vits14" in name])  # small enough to write
+# Of the eight, those small enough to write.
+@pytest.mark.parametrize("name", [name for name in RELEASED_CHECKPOINTS if "vits14" in name])
 def test_released_files_load(name, tmp_path):
     tensors = {key: torch.randn(shape) for key, shape in released_shapes(name).items()}
     torch.save(tensors, tmp_path / f"{name}_pretrain.pth")

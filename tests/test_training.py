@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import (
     ROOT,
+    TINY_RUN,
     TWO_RANKS,
     child_environment,
     load_teacher,
@@ -24,7 +25,6 @@ from helpers import (
     torchrun,
     write_noise_images,
 )
-from helpers import TINY_RUN as TINY
 
 import checkpoint
 import config
@@ -74,7 +74,7 @@ def test_stop_and_resume_is_bit_identical(reference, tmp_path, monkeypatch):
         return real(state, *args, **options)
 
     monkeypatch.setattr(train, "train_step", step_then_stop)
-    assert train.main([*TINY, "--output-dir", str(tmp_path / "run")]) == 75
+    assert train.main([*TINY_RUN, "--output-dir", str(tmp_path / "run")]) == 75
     monkeypatch.setattr(train, "train_step", real)
     assert_same_run(reference, tmp_path / "run", run_tiny(tmp_path / "run", "--resume"))
 
@@ -141,7 +141,7 @@ def test_eval_knn_reads_a_run_folder(reference, monkeypatch, capsys):
 
 def test_second_run_takes_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = [*TINY, "optim.epochs=0.2", "optim.freeze_last_layer_epochs=0", "optim.warmup_epochs=0.1"]
+    args = [*TINY_RUN, "optim.epochs=0.2", "optim.freeze_last_layer_epochs=0", "optim.warmup_epochs=0.1"]
     train.main(args)
     train.main(args)
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"debug", "debug-2"}
@@ -319,7 +319,7 @@ def test_a_stop_at_a_saved_step_saves_it_once(tmp_path, monkeypatch):
     stop_requested = property(lambda run: saved_steps, lambda run, value: None)
     monkeypatch.setattr(checkpoint.CheckpointWriter, "start", start)
     monkeypatch.setattr(train.RunFolder, "stop_requested", stop_requested, raising=False)
-    assert train.main([*TINY, "--output-dir", str(tmp_path / "run"), "train.checkpoint_every=4"]) == 75
+    assert train.main([*TINY_RUN, "--output-dir", str(tmp_path / "run"), "train.checkpoint_every=4"]) == 75
     assert saved_steps == [4]
     assert checkpoint.newest_intact(tmp_path / "run" / "checkpoints").name == "step_00000004"
 
@@ -398,7 +398,7 @@ def test_from_the_shell_errors_have_no_traceback(tmp_path):
 
 
 def test_sigterm_leaves_a_checkpoint_and_code_75(tmp_path):
-    endless = [*TINY, "optim.epochs=1000", "--output-dir", str(tmp_path / "run")]
+    endless = [*TINY_RUN, "optim.epochs=1000", "--output-dir", str(tmp_path / "run")]
     process = start_process(sys.executable, "train.py", *endless)
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -414,7 +414,7 @@ def test_sigterm_leaves_a_checkpoint_and_code_75(tmp_path):
 def test_torchrun_with_two_processes_trains(tmp_path):
     """Two ranks, one run folder, one log; the sum of both is the global batch."""
     settings = ["student.drop_path_rate=0", "train.batch_size_per_gpu=4"]
-    argv = [*TINY, *settings, "--output-dir", str(tmp_path / "two")]
+    argv = [*TINY_RUN, *settings, "--output-dir", str(tmp_path / "two")]
     process = start_process(*torchrun(*TWO_RANKS), "train.py", *argv)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-2000:]

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import check_printed_predictions, make_color_sets
 from PIL import Image
-from test_eval_knn import check_printed_predictions, make_color_sets
 
 from config import UserError
 from eval_knn import calibration

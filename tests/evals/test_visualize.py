@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import TINY_RUN
 from PIL import Image
-from test_training import TINY
 
 import config
 import train
@@ -341,7 +341,7 @@ def run(tmp_path_factory):
     """A run of four steps with two checkpoints."""
     folder = tmp_path_factory.mktemp("visualize") / "run"
     extra = "train.checkpoint_every=2", "train.OFFICIAL_EPOCH_LENGTH=4", "student.arch=vit_laptop"
-    train.main([*TINY, "--output-dir", str(folder), *extra])
+    train.main([*TINY_RUN, "--output-dir", str(folder), *extra])
     return folder
 
 

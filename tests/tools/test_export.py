@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import RELEASED
+from helpers import RELEASED_CHECKPOINTS
 
 import config
 import features
@@ -204,14 +204,14 @@ def test_foreign_weights_are_converted_before_a_run_starts_from_them(layout, cha
 # ---- layouts that are recognised -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", RELEASED_CHECKPOINTS)
 def test_released_names_must_be_true(name):
     """All eight layouts pass under their own name, and under no other, whoever gave it."""
-    D = RELEASED[name]["keys"]["cls_token"][2]
+    D = RELEASED_CHECKPOINTS[name]["keys"]["cls_token"][2]
     size = weights.SIZE_OF_WIDTH[D]
     tensors = {"cls_token": torch.empty(1, 1, D)}
     own = {f"{name}_pretrain.pth"}
-    others = {f"{other}_pretrain.pth" for other in RELEASED} - own
+    others = {f"{other}_pretrain.pth" for other in RELEASED_CHECKPOINTS} - own
     others.add(f"dinov2-{'small' if D > 400 else 'base'}")
     if "reg4" in name:
         tensors["register_tokens"] = 0
