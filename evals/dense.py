@@ -486,7 +486,7 @@ def write_prediction(features, head, image, out):
 
 def parse_settings(argv=None):
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser("python -m evals.dense", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("--task", choices=("seg", "depth"), required=True)
     add_weights_args(parser)

@@ -128,7 +128,7 @@ def render_page(photos, about, backbone):
 
 def parse_args():
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser("python -m evals.explore", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("photos", nargs="+", help="images, folders, .tar shards, .jsonl lists; or one URI such as scenes:4")
     add_weights_args(parser)

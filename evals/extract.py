@@ -142,7 +142,7 @@ def write_npz(out, work, columns, progress, images):
 
 def parse_args():
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser("python -m evals.extract", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("images", nargs="+", help="images, folders, .tar shards, .jsonl lists; or a URI such as scenes:1000")
     add_weights_args(parser)

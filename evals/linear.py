@@ -417,7 +417,7 @@ def compare_with_untrained(args, backbone, cfg, out):
 
 def parse_args():
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser("python -m evals.linear", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add_weights_args(parser)
     add_eval_args(parser)

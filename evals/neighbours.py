@@ -85,7 +85,7 @@ def draw_neighbours(bank, images, predicted, share, neighbours):
 
 def main():
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser("python -m evals.neighbours", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("images", nargs="+", help="images, folders or shards to classify")
     add_weights_args(parser)

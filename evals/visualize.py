@@ -377,7 +377,7 @@ def add_photo_args(parser, count):
 
 def parse_args():
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser("python -m evals.visualize", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("what", choices=DEFAULT_COUNT)
     add("photos", nargs="*", help="images, folders, .tar shards, .jsonl lists; or one URI such as scenes:9 "

@@ -93,7 +93,9 @@ def audit(seed=0, bank=4000, query=1000):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Procedural scenes: look at them, measure them.")
+    parser = argparse.ArgumentParser(
+        "python -m tools.audit_scenes", description="Procedural scenes: look at them, measure them."
+    )
     parser.add_argument("--sheet", metavar="PNG", help="write a contact sheet")
     parser.add_argument("--audit", action="store_true", help="print what can be had without learning")
     args = parser.parse_args()

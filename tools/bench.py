@@ -364,7 +364,7 @@ def describe_machine(dry):
 def parse_args(argv, dry):
     """-> argparse's namespace, the settings of train.py, the peak of the chip or 0."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=COLUMNS, help="one part")
     parser.add_argument("--models", default="debug" if dry else PRESETS, help="of presets, with commas")

@@ -776,7 +776,9 @@ def main(argv=None):
     parts = dict(correct=run_correct, step=run_step, attention=run_attention, prototypes=run_prototypes,
                  tiles=run_tiles)  # fmt: skip
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tools.bench_kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", choices=parts, help="one part")
     parser.add_argument("--peers", default="", help=f"more of them: {', '.join(PEERS_ON_REQUEST)}")

@@ -160,7 +160,7 @@ def largest_difference(a, b):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("weights", help="a run folder, a file or folder of weights, or a released name such "
                         "as dinov2_vits14_reg4")  # fmt: skip

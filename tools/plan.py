@@ -219,7 +219,7 @@ def traffic_bytes(student, teacher, gpus, half):
 def parse_args(argv):
     """-> argparse's namespace, the settings of this script, those of train.py."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="laptop", help="a preset: configs/NAME.yaml")
     parser.add_argument("--config", default=None, help="a YAML file")

@@ -390,7 +390,7 @@ def open_runs(folders):
 
 def main():
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser("python -m tools.report", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help=f"run folders, {MAX_RUNS} at most")
     add("--out", type=Path, help="the page (default: report.html in the first run's folder)")
