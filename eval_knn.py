@@ -106,6 +106,18 @@ def add_eval_args(parser):
     add("--limit", type=int, default=0, help="use only so many images of each set, evenly spread")
 
 
+def apply_image_size(args, cfg):
+    """--image-size, if given, replaces both sizes of the run's evaluation."""
+    if args.image_size:
+        cfg.evaluation.image_size = args.image_size
+        cfg.evaluation.resize_size = args.image_size
+
+
+def has_label(item):
+    """Whether an item of EvalImages is readable and labelled."""
+    return not isinstance(item, BadImage) and item[1] >= 0
+
+
 def open_eval_sets(cfg, train_path="", test_path="", limit=0):
     """Bank and queries as the config names them: (EvalImages, EvalImages). Raises UserError."""
     bank_path = train_path or cfg.evaluation.train_path
@@ -117,8 +129,7 @@ def open_eval_sets(cfg, train_path="", test_path="", limit=0):
     bank = EvalImages(open_source(bank_path), size, resize, limit)
     queries = EvalImages(open_source(query_path), size, resize, limit)
     for images, path in ((bank, bank_path), (queries, query_path)):
-        first = [images[i] for i in range(min(8, len(images)))]
-        if all(isinstance(item, BadImage) or item[1] < 0 for item in first):
+        if not any(has_label(images[i]) for i in range(min(8, len(images)))):
             raise UserError(f"{path} has no labels (sub-folders, .cls files): k-NN needs labelled images")
     ours = bank.dataset.classes
     theirs = queries.dataset.classes
@@ -282,9 +293,7 @@ def main():
     args = parse_args()
     photos = open_images(args.predict) if args.predict else None
     backbone, cfg = open_backbone(args.weights)
-    if args.image_size:
-        cfg.evaluation.image_size = args.image_size
-        cfg.evaluation.resize_size = args.image_size
+    apply_image_size(args, cfg)
     bank, queries = open_eval_sets(cfg, args.train, args.test, args.limit)
     described = describe_backbone(backbone)
     print(f"{args.weights}: {described}; {len(bank)} images in the bank, {len(queries)} queries")

@@ -152,9 +152,14 @@ def build_backbone(tensors, arch, source, hint=""):
 
 
 def check_released_name(backbone, source):
-    """Refuse a file that has the name of one released model and holds another."""
-    stem = released_name(Path(source).name)
-    if stem is None:
+    """Refuse a file that has the name of one of Meta's and holds another model.
+
+    A run folder or an export may well be called vits14: only dinov2_*_pretrain.pth claims to be Meta's.
+    """
+    path = Path(source)
+    stem = released_name(path.name)
+    metas = path.name.startswith("dinov2_") and path.name.endswith("_pretrain.pth")
+    if stem is None or (path.exists() and not metas):
         return
     named = released_arch(stem)
     if named["embed_dim"] != backbone.embed_dim or ("_reg4" in stem) != bool(backbone.num_register_tokens):
@@ -188,7 +193,7 @@ def init_from_weights(model, source):
     if heads_fit:
         tensors |= heads
     for name, parameter in model.named_parameters():
-        if name in tensors:
+        if heads_fit or "head." not in name:
             copy_to_sharded(parameter, tensors[name])
     resized = ""
     if old_grid != new_grid:

@@ -30,7 +30,14 @@ from tqdm import tqdm
 import config
 from config import UserError
 from data import crop_and_resize, normalize, sample_crop_params, stable_hash
-from eval_knn import add_eval_args, keep_labelled, knn_accuracy, majority_accuracy, open_eval_sets
+from eval_knn import (
+    add_eval_args,
+    apply_image_size,
+    keep_labelled,
+    knn_accuracy,
+    majority_accuracy,
+    open_eval_sets,
+)
 from evals.extract import job_fingerprint
 from features import EvalImages, iterate_batches, load_image, read_tensors, untrained_copy
 from model import SIZES, describe_backbone
@@ -443,9 +450,7 @@ def main():
         class_names = about.get("classes")
         if "pixels" in about:  # the size that it was trained at
             evaluation.image_size, evaluation.resize_size = about["pixels"]
-    if args.image_size:
-        evaluation.image_size = args.image_size
-        evaluation.resize_size = args.image_size
+    apply_image_size(args, cfg)
     if photos:
         size = evaluation.image_size or cfg.crops.global_crops_size
         images = EvalImages(photos, size, evaluation.resize_size)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import config
 from config import UserError
-from eval_knn import add_eval_args, open_eval_sets, print_predictions
+from eval_knn import add_eval_args, apply_image_size, has_label, open_eval_sets, print_predictions
 from evals.plot import Plot
 from evals.tiles import contact_sheet, to_pil
 from model import describe_backbone
@@ -61,10 +61,7 @@ def draw_neighbours(bank, images, predicted, share, neighbours):
     bank, images: EvalImages; predicted (m,), share (m,), neighbours (m, k) as `print_predictions` returns
     them -> PIL image.
     """
-    labelled = []  # numbers of the images that have features, in the order of these
-    for i in range(len(bank)):
-        if i not in bank.bad and bank[i][1] >= 0:
-            labelled.append(i)
+    labelled = [i for i in range(len(bank)) if has_label(bank[i])]  # the rows of the features
     readable = [i for i in range(len(images)) if i not in images.bad]
     names = bank.dataset.classes
     rows = []
@@ -95,9 +92,7 @@ def main():
     args = parser.parse_args()
     photos = open_images(args.images)
     backbone, cfg = open_backbone(args.weights, args.download)
-    if args.image_size:
-        cfg.evaluation.image_size = args.image_size
-        cfg.evaluation.resize_size = args.image_size
+    apply_image_size(args, cfg)
     bank, queries = open_eval_sets(cfg, args.train, args.test, args.limit)
     described = describe_backbone(backbone)
     print(f"{args.weights}: {described}; {len(bank)} images in the bank, {len(queries)} queries")

@@ -225,3 +225,35 @@ def test_foreground_miou_knows_good_from_useless():
     blind = Oracle(scenes)
     blind.share = torch.rand_like(blind.share)
     assert foreground_miou(blind, scenes, 64) < 0.5
+
+
+# ---------------------------------------------------------------- files that are called like Meta's
+
+
+@pytest.mark.parametrize("name", ["runs/vits14", "vits14.pth", "runs/dinov2_vits14", "vitb14_reg.pth"])
+def test_own_weights_may_be_called_like_a_released_model(name, tmp_path):
+    """The preset vits14 has registers, and its run folder is runs/vits14."""
+    save_as(tmp_path / name)
+    assert features.load_backbone(tmp_path / name).num_register_tokens == 2
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14_pretrain.pth", "dinov2_vitl14_reg4_pretrain.pth"])
+def test_a_file_that_claims_to_be_metas_must_be(name, tmp_path):
+    save_as(tmp_path / name)
+    with pytest.raises(UserError, match="has the name of dinov2_vit"):
+        features.load_backbone(tmp_path / name)
+
+
+def test_a_downloaded_file_must_be_the_named_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANODINO_CACHE", str(tmp_path))
+    save_as(tmp_path / "dinov2_vits14_pretrain.pth")
+    with pytest.raises(UserError, match="vits14 has the name of dinov2_vits14"):
+        features.load_backbone("vits14")
+
+
+def save_as(path):
+    """A small backbone as a run folder, or as a file if the path ends in .pth."""
+    file = path if path.suffix else path / "teacher.pth"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    backbone = tiny_backbone()
+    torch.save({"teacher": backbone.state_dict(), "arch": backbone.arch}, file)
