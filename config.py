@@ -270,6 +270,11 @@ def load(file=None, model=None, overrides=()):
     return cfg
 
 
+def evaluation_size(cfg):
+    """Side of the square that a frozen backbone sees, in pixels."""
+    return cfg.evaluation.image_size or cfg.crops.global_crops_size
+
+
 def check(cfg):
     """Raise UserError for settings that do not fit each other."""
     problems = []
@@ -289,7 +294,7 @@ def check(cfg):
         if name.startswith(("optim.warmup", "optim.freeze")) and value > cfg.optim.epochs:
             problems.append(f"{name} {value:g} is longer than the run, optim.epochs {cfg.optim.epochs:g}")
     resize = cfg.evaluation.resize_size
-    size = cfg.evaluation.image_size or cfg.crops.global_crops_size
+    size = evaluation_size(cfg)
     if 0 < resize < size:
         problems.append(f"evaluation.resize_size {resize} is smaller than the image, {size}")
     group = cfg.dino.koleo_group

@@ -26,7 +26,7 @@ KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
 
-def knn_scores(bank, bank_labels, queries, classes, ks=KS, temperature=TEMPERATURE, chunk=1024):
+def knn_scores(bank, bank_labels, queries, classes, ks=KS, chunk=1024):
     """Votes per class: bank (n, D), queries (m, D), both L2-normalised -> {k: (m, classes)}.
 
     The softmax runs over the largest k, and smaller k take the first of its weights (a fact of the published
@@ -36,7 +36,7 @@ def knn_scores(bank, bank_labels, queries, classes, ks=KS, temperature=TEMPERATU
     scores = {k: [] for k in ks}
     for query_chunk in queries.split(chunk):
         similarity, neighbours = (query_chunk @ bank.T).topk(ks[-1])  # (chunk, largest k), nearest first
-        weights = F.softmax(similarity / temperature, dim=-1)
+        weights = F.softmax(similarity / TEMPERATURE, dim=-1)
         neighbour_labels = bank_labels[neighbours]  # (chunk, largest k)
         for k in ks:
             votes = torch.zeros(len(query_chunk), classes)
@@ -118,19 +118,23 @@ def has_label(item):
     return not isinstance(item, BadImage) and item[1] >= 0
 
 
+def open_labelled(cfg, path, limit=0):
+    """A source as EvalImages of the config's size. Raises UserError if none of the first 8 has a label."""
+    size = config.evaluation_size(cfg)
+    images = EvalImages(open_source(path), size, cfg.evaluation.resize_size or size, limit)
+    if not any(has_label(images[i]) for i in range(min(8, len(images)))):
+        raise UserError(f"{path} has no labels (sub-folders, .cls files): k-NN needs labelled images")
+    return images
+
+
 def open_eval_sets(cfg, train_path="", test_path="", limit=0):
     """Bank and queries as the config names them: (EvalImages, EvalImages). Raises UserError."""
     bank_path = train_path or cfg.evaluation.train_path
     query_path = test_path or cfg.evaluation.test_path
     if not bank_path or not query_path:
         raise UserError("no labelled images: give --train and --test, or evaluation.train_path and test_path")
-    size = cfg.evaluation.image_size or cfg.crops.global_crops_size
-    resize = cfg.evaluation.resize_size or size
-    bank = EvalImages(open_source(bank_path), size, resize, limit)
-    queries = EvalImages(open_source(query_path), size, resize, limit)
-    for images, path in ((bank, bank_path), (queries, query_path)):
-        if not any(has_label(images[i]) for i in range(min(8, len(images)))):
-            raise UserError(f"{path} has no labels (sub-folders, .cls files): k-NN needs labelled images")
+    bank = open_labelled(cfg, bank_path, limit)
+    queries = open_labelled(cfg, query_path, limit)
     ours = bank.dataset.classes
     theirs = queries.dataset.classes
     if ours and theirs and ours != theirs:  # labels are numbers in the order of the names
@@ -198,12 +202,12 @@ def print_predictions(backbone, bank, queries, photos, k):
 # ---------------------------------------------------------------- while training, and at its end
 
 
-def ridge_regression(x, y, strength=1e-3):
+def ridge_regression(x, y):
     """Linear regression in closed form, x (n, D) and y (n,) -> a function (m, D) -> (m,)."""
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x = F.pad((x - mean) / std, (0, 1), value=1.0)  # the last column is the bias
-    gram = x.T @ x + strength * len(x) * torch.eye(x.shape[1])
+    gram = x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1])
     weights = torch.linalg.solve(gram, x.T @ y)
     return lambda new: F.pad((new - mean) / std, (0, 1), value=1.0) @ weights
 

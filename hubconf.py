@@ -8,7 +8,7 @@ loads, this folder comes first on Python's path: if your project has already imp
 of its own, that one would be taken for ours.
 """
 
-dependencies = ["torch", "yaml"]
+dependencies = ["torch", "yaml", "numpy", "PIL"]
 
 # torch.hub lists every name without an underscore as an entry: everything else has one, or is imported late.
 _BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import torch
 
+import config
 from config import UserError
 from curation.pieces import cache_key, files_key, run_jobs
 from curation.vectors import unit_rows
@@ -93,7 +94,7 @@ class Embedder:
         self.backbone, cfg = open_backbone(settings.weights)
         self.width = self.backbone.embed_dim
         self.batch_size = settings.batch
-        self.size = settings.size or cfg.evaluation.image_size or cfg.crops.global_crops_size
+        self.size = settings.size or config.evaluation_size(cfg)
         self.resize = 0 if settings.size else cfg.evaluation.resize_size
         sums = [(name, x.double().sum().item()) for name, x in self.backbone.state_dict().items()]
         self.key = cache_key(sums, self.size, self.resize, self.batch_size)

@@ -41,7 +41,7 @@ def ingest(state):
 def examine(entry):
     """One image -> its row."""
     name, label, offset, size = entry
-    shard, separator, member = name.partition("::")
+    shard, _, member = name.partition("::")
     if offset == LOOSE_FILE or not member:
         row = dict(path=os.path.abspath(name))
     else:

@@ -226,7 +226,7 @@ def upsample_logits(logits, settings, height, width, patch_size):
     grid = (height // patch_size, width // patch_size)
     planes = logits.transpose(1, 2).unflatten(2, grid)  # (b, outputs, rows, columns)
     if settings.task == "depth":
-        # Published: features enlarged four times, then the linear map. The same in this order, but dearer.
+        # Published: features enlarged four times, then the linear map; the same result, at a higher cost.
         planes = F.interpolate(planes, scale_factor=4, mode="bilinear")
         planes = depth_from_logits(planes, *settings.depth_range)[:, None]
     return F.interpolate(planes, size=(height, width), mode="bilinear")
@@ -518,7 +518,7 @@ def resolve_settings(settings, cfg, about=None, outputs=0):
     for key in ("ignore", "depth_range", "depth_scale"):
         if key in about:
             setattr(settings, key, about[key])
-    default_size = cfg.evaluation.image_size or cfg.crops.global_crops_size
+    default_size = config.evaluation_size(cfg)
     if not settings.size:
         settings.size = about.get("size", default_size)
     if not settings.window:

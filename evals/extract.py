@@ -163,7 +163,7 @@ def main():
     if not set(parts) <= set(PARTS):
         raise UserError(f"--parts {args.parts}: choose from {', '.join(PARTS)}")
     backbone, cfg = open_backbone(args.weights, args.download)
-    size = args.size or cfg.evaluation.image_size or cfg.crops.global_crops_size
+    size = args.size or config.evaluation_size(cfg)
     resize = size
     if not args.size and cfg.evaluation.resize_size:
         resize = cfg.evaluation.resize_size

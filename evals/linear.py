@@ -37,6 +37,7 @@ from eval_knn import (
     knn_accuracy,
     majority_accuracy,
     open_eval_sets,
+    open_labelled,
 )
 from evals.extract import job_fingerprint
 from features import EvalImages, iterate_batches, load_image, read_tensors, untrained_copy
@@ -452,11 +453,14 @@ def main():
             evaluation.image_size, evaluation.resize_size = about["pixels"]
     apply_image_size(args, cfg)
     if photos:
-        size = evaluation.image_size or cfg.crops.global_crops_size
+        size = config.evaluation_size(cfg)
         images = EvalImages(photos, size, evaluation.resize_size)
         print_top_classes(backbone, images, *head, class_names)
     elif args.head:
-        _, queries = open_eval_sets(cfg, args.test, args.test, args.limit)
+        path = args.test or cfg.evaluation.test_path
+        if not path:
+            raise UserError("no labelled images: give --test, or evaluation.test_path")
+        queries = open_labelled(cfg, path, args.limit)
         accuracy = head_accuracy(backbone, queries, *head, class_names)
         print(f"{args.head}: top-1 accuracy {accuracy:.3f} on {len(queries)} images")
     else:

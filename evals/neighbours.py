@@ -30,7 +30,7 @@ def reliability_plot(error, bins):
     """The bins of `calibration` as bars, under the diagonal where a share is right as often as it says.
 
     error: expected calibration error. bins: (mean share, how often right, number of cases) of each.
-    -> PIL image; a bar is the darker, the more cases it has.
+    -> PIL image; the more cases a bar has, the darker it is.
     """
     cases = sum(count for _, _, count in bins)
     left = 62

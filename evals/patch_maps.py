@@ -11,6 +11,7 @@ images of one kind share the component.
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from data import normalize
 from features import resize_to_patches
@@ -128,8 +129,10 @@ def first_component_iou(backbone, scenes, size, count):
     intersection = 0
     union = 0
     for i in range(count):
-        truth = torch.from_numpy(scenes.scene(i)[2] > 0)  # (H, W)
-        component = foreground_map(backbone, resize_to_patches(scenes[i][0], backbone.patch_size, size))
+        pixels, _, mask, _ = scenes.scene(i)
+        truth = torch.from_numpy(mask > 0)  # (H, W)
+        image = resize_to_patches(Image.fromarray(pixels), backbone.patch_size, size)
+        component = foreground_map(backbone, image)
         enlarged = F.interpolate(component[None, None], size=truth.shape, mode="bilinear")[0, 0]
         found = enlarged >= 0
         intersection += (found & truth).sum().item()

@@ -6,7 +6,7 @@
     plot.image.save("loss.png")
 
 Scales are linear; a logarithmic axis takes the logarithms of the data, and ticks labelled with the data
-themselves. `Axis` and `round_ticks` also place the SVG plots of tools/report.py.
+themselves. `Axis` and `round_ticks` also place the SVG plots of tools/metric_plots.py.
 """
 
 import math

@@ -63,7 +63,7 @@ class View(NamedTuple):
 class SheetRow(NamedTuple):
     tiles: list
     title: str = ""
-    captions: tuple = ()
+    captions: list | tuple = ()
 
 
 def draw_rows(rows):
@@ -115,8 +115,7 @@ def prepare_images(photos, backbone, cfg, size):
     """
     patch_size = backbone.patch_size
     if not size:
-        evaluation_size = cfg.evaluation.image_size or cfg.crops.global_crops_size
-        size = max(2 * evaluation_size, backbone.arch["img_size"])
+        size = max(2 * config.evaluation_size(cfg), backbone.arch["img_size"])
     images = []
     for photo in photos:
         most_rows = (MAX_PATCHES * min(photo.size) / max(photo.size)) ** 0.5  # of patches on the short side
@@ -127,7 +126,8 @@ def prepare_images(photos, backbone, cfg, size):
 def large_sample(dataset, size, resize, count):
     """`count` images, evenly spread, at twice the size of an evaluation: uint8 (n, 3, 2 S, 2 S).
 
-    Four times the patches make a picture in which one recognises something. Unreadable images are left out.
+    With four times as many patches, there is something to recognise in the picture. Unreadable images are
+    left out.
     """
     images = EvalImages(dataset, 2 * size, 2 * resize, limit=count)
     items = [images[i] for i in range(len(images))]
@@ -191,7 +191,7 @@ def draw_pca(views, names, per_image=False, hide_background=False):
 
 
 def print_foreground_iou(views, scenes):
-    """Of each View: how well the first component finds the objects of scenes, whose masks are known."""
+    """Print how well the first component of each View finds the objects of scenes, whose masks are known."""
     count = min(len(scenes), 200)
     shares = [(scenes.scene(i)[2] > 0).mean() for i in range(count)]
     print(f"first component against the true masks of {count} scenes, foreground IoU:")
@@ -230,7 +230,7 @@ def teachers_through_training(run, backbone, cfg):
 
 
 def token_name(t):
-    """Of the tokens before the patches, number t."""
+    """The name of token t, of those that come before the patches."""
     return f"register {t}" if t else "[CLS]"
 
 

@@ -103,9 +103,9 @@ def train_all(args):
     return trials
 
 
-def draw_components(trials, count=8):
+def draw_components(trials):
     """Scenes, and below them a row for each run: principal components of its patch tokens as colours."""
-    images = large_sample(open_source("scenes:1000:seed=12"), 32, 32, count)
+    images = large_sample(open_source("scenes:1000:seed=12"), 32, 32, count=8)
     rows = [[image_tile(image, 96) for image in images]]
     for trial in trials.values():
         rows.append(pca_row(trial.backbone, images, 96))

@@ -78,7 +78,7 @@ class Norms(NamedTuple):
 
 def measure_norms(title, backbone, images):
     norms = [patch_norms(backbone, image) for image in images]
-    histogram, summary = visualize.norm_summary(norms, backbone.arch)  # it asks your outliers()
+    histogram, summary = visualize.norm_summary(norms, backbone.arch)  # it calls your outliers()
     print(f"{title}: {summary}")
     tiles, _ = norm_tiles(norms[:3], images)
     return Norms(torch.cat([norm.flatten() for norm in norms]), tiles, histogram)

@@ -161,7 +161,7 @@ def sample_rings(seed, rounds):
     coordinates = [np.sin(polar) * np.cos(turn), np.sin(polar) * np.sin(turn), np.cos(polar)]
     points = np.stack(coordinates, 1).astype(np.float16)
     centroids, clusters = kmeans(points, 60, seed, rounds)
-    taken = balance.hierarchical_sample([clusters], rng.permutation(4800), 300)  # it asks your water_fill()
+    taken = balance.hierarchical_sample([clusters], rng.permutation(4800), 300)  # it calls your water_fill()
     centroid_polar = np.rad2deg(np.arccos(centroids[:, 2].astype(float)))
     centroid_ring = np.rint((centroid_polar - 14) / 18)
     shares = {"centroids": (centroid_ring == CROWDED).mean(), "taken": (ring[taken] == CROWDED).mean()}

@@ -98,12 +98,12 @@ def run_trial(args, *overrides, steps, name="training"):
     return Trial(rows, state, cfg)
 
 
-def final_metrics(trial, steps=10):
-    """Means over the last steps of what a table of trials shows: {column: number}."""
+def final_metrics(trial):
+    """Means over the last ten steps of the columns in a table of trials: {column: number}."""
     columns = {"DINO loss": "loss_dino", "entropy": "entropy", "entropy_mean": "entropy_mean", "rank": "rank"}
     means = {}
     for column, metric in columns.items():
-        values = [row[metric] for row in trial.rows[-steps:]]
+        values = [row[metric] for row in trial.rows[-10:]]
         means[column] = sum(values) / len(values)
     return means
 
@@ -118,13 +118,13 @@ def knn_top1(trial, args):
 # ---------------------------------------------------------------- what a lab shows
 
 
-def curves(title, runs, key, unit=1.0, width=460, height=230):
+def curves(title, runs, key, unit=1.0):
     """{name: Trial} -> PIL image: a logged number by step, divided by `unit`; a grey line lies at 1."""
     lines = {name: [row[key] / unit for row in run.rows] for name, run in runs.items()}
     top_value = 1.05 * max(1.0, *map(max, lines.values()))
     steps = len(next(iter(lines.values())))
     last_step = max(steps - 1, 1)
-    plot = Plot((width, height), (40, 26, width - 150, height - 22), (0, last_step), (0, top_value))
+    plot = Plot((460, 230), (40, 26, 310, 208), (0, last_step), (0, top_value))
     plot.draw_title(title)
     plot.draw_axes([(last_step, f"step {steps}")], [(0, "0"), (top_value, f"{top_value:.2g}")])
     plot.draw_line([(0, 1.0), (last_step, 1.0)], "#999999", width=1)

@@ -32,7 +32,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from curation.balance import normalized_entropy
 from curation.dedup import hamming_pairs, near_duplicate_groups
-from curation.ingest import dhash, measure, phash
+from curation.ingest import EXIF_ORIENTATION, dhash, measure, phash  # noqa: E402
+from curation.page import read_manifest  # noqa: E402
 from curation.settings import load
 from curation.vectors import kmeans, nearest, unit_rows
 from data import stable_hash
@@ -44,7 +45,6 @@ ROOT = Path(__file__).parent.parent
 SHARES = np.array([30, 20, 10, 10, 8, 6, 4, 4, 4, 4]) / 100  # of the ten kinds in the pile: uneven on purpose
 BLOCKED = 8  # the kind that must not stay: dots
 SIZES = (256, 288, 320)
-ORIENTATION = 0x0112  # the EXIF tag
 
 
 # ---------------------------------------------------------------- the files that are planted
@@ -68,7 +68,9 @@ def scaled(image, factor):
 
 def lying(image):
     exif = Image.Exif()
-    exif[ORIENTATION] = 6  # to be turned by 90 degrees to the right: so the pixels are turned to the left
+    exif[EXIF_ORIENTATION] = (
+        6  # to be turned by 90 degrees to the right: so the pixels are turned to the left
+    )
     return jpeg(image.transpose(Image.ROTATE_90), exif=exif)
 
 
@@ -374,7 +376,7 @@ def score_features(out, pile):
     file = max((out / "work").glob("features-*.npy"), key=lambda path: path.stat().st_mtime)
     early = (*QUALITY, "exact duplicate", "near duplicate", "leak")
     line_of = {row["path"]: line for line, row in pile}
-    lines = [line_of[row["path"]] for row in read_rows(out / "manifest.jsonl") if row["why"] not in early]
+    lines = [line_of[row["path"]] for row in read_manifest(out) if row["why"] not in early]
     features = np.load(file)[: len(lines)].astype(np.float32)
     groups = np.array([line["family"][0] for line in lines])
     families = np.array([line["family"] for line in lines])
@@ -404,11 +406,6 @@ def show(tables):
         for row, cells in table.items():
             shown = [f"{column} {value:.4g}" for column, value in cells.items()]
             print(f"  {row:34s}" + "   ".join(shown))
-
-
-def read_rows(path):
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def truth(args):
@@ -444,8 +441,8 @@ def curate_and_score(root, planted, settings, args):
     subprocess.run([*command, "--workers", str(args.workers - 1)], check=True, cwd=ROOT)
     swept = settings[-1] if args.sweep else ""
     print(f"curated in {time.perf_counter() - start:.0f} s", swept)
-    evaluation = {row["path"]: row for row in read_rows(out / "evaluation.jsonl")}
-    tables, pile = score(planted, read_rows(out / "manifest.jsonl"), evaluation)
+    evaluation = {row["path"]: row for row in read_manifest(out, "evaluation")}
+    tables, pile = score(planted, read_manifest(out), evaluation)
     if args.weights:
         tables["by features, hashes having found nothing"] = score_features(out, pile)
     return tables, len(pile)

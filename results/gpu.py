@@ -147,7 +147,7 @@ PREDICTIONS = {
         "memory vitl14", "images_per_second", "{:.0f}", 285, 310, "41 %"),
     "ViT-g/14, batch 12, images/s": Prediction(
         "memory vitg14", "images_per_second", "{:.0f}", 70, 76, "37 %: 17 ms of 170 are optimizer and EMA"),
-    "ViT-L/14, peak memory / plan.py's": Prediction(
+    "ViT-L/14, peak memory / tools/plan.py's": Prediction(
         "memory vitl14", "peak_by_plan", "{:.2f}", 1.10, 1.10, "the allocator's tenth"),
     "1374 tokens, forward, TFLOP/s": Prediction(
         "1374/ViT-L 518 px, 1374, batch 128", "tflops_forward", "{:.0f}", 345, 345,

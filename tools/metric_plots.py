@@ -16,7 +16,7 @@ UNITS = SHARES | {  # by the beginnings of names
     "loss": "nats", "kl": "nats", "rank": "directions", "grad": "norm", "images_per": "images/s",
     "peak": "GiB", "lr": "per step", "last_layer": "per step", "backbone": "per step",
     "weight_decay": "per unit of lr", "momentum": "share kept", "teacher_temp": "temperature"}  # fmt: skip
-SVG_WIDTH = 360  # of a plot, in units of its viewBox, as all that follows
+SVG_WIDTH = 360  # of a plot, in units of its viewBox, like all that follows
 SVG_HEIGHT = 212
 AXES_LEFT = 60  # the four edges of the axes
 AXES_RIGHT = 336
@@ -24,7 +24,7 @@ AXES_TOP = 24
 AXES_BOTTOM = 174
 LABEL_HEIGHT = 15
 MAX_STRETCHES = 300  # that a long curve is cut into; each keeps its lowest and its highest value
-FEW_POINTS = 12  # on a curve: as few get a dot each
+FEW_POINTS = 12  # a curve of at most so many points shows a dot for each
 
 
 def unit_of(metric):
@@ -103,7 +103,7 @@ def value_ticks(values, share):
 
 
 def downsample(points):
-    """Of a long curve the lowest and the highest value of each stretch: its spikes stay."""
+    """Keep the lowest and the highest value of each stretch of a long curve, so that its spikes stay."""
     length = len(points) // MAX_STRETCHES
     if length < 3:
         return points

@@ -169,7 +169,7 @@ class RunRecord(NamedTuple):
 
 
 def read_run(folder, name, color):
-    """A run folder -> RunRecord. Raises UserError if it is none, or of another version."""
+    """A run folder -> RunRecord. Raises UserError if it is not a run's, or is one of another version."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder, it has no config.yaml: name one that train.py wrote")
     try:
@@ -268,7 +268,7 @@ def evaluation_images(run, count):
         raise UserError("there are no evaluation images: evaluation.test_path names some")
     if not (run.folder / "teacher.pth").exists():
         raise UserError("nothing is saved yet: train.checkpoint_every and train.keep_last say what is")
-    size = evaluation.image_size or run.cfg.crops.global_crops_size
+    size = config.evaluation_size(run.cfg)
     return large_sample(open_source(evaluation.test_path), size, evaluation.resize_size or size, count)
 
 
@@ -338,7 +338,7 @@ def html_table(runs, columns, only_differing=False):
 
 
 def format_value(value):
-    """Any value as text; of several lines only their number."""
+    """Any value as text; for a text of several lines, only how many there are."""
     if isinstance(value, (list, tuple)):
         value = shlex.join(map(str, value))
     if value is None or value == "":

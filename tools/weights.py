@@ -84,12 +84,12 @@ def load_backbone(source):
 def read_weights(source):
     """As features.read_weights, for any known layout: backbone and head tensors, architecture (or {})."""
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and not (path / "teacher.pth").is_file():
         path = path / "model.safetensors"
     if path.suffix == ".safetensors" and path.is_file():
         tensors, arch = read_safetensors(path)
     else:
-        path = features.find_weights(source)
+        path = features.find_weights(source, ", or a .safetensors file, alone or in a folder")
         tensors, arch = features.read_tensors(path)
     if not has_dinov2_names(tensors) or "dinov2" in path.name:
         tensors = to_dinov2_names(tensors, path)

@@ -5,45 +5,31 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers import tiny_backbone, write_flat_images
 
 from config import UserError
 from data import normalize
 from evals import extract
 from evals.extract import extract_to_npz
 from features import EvalImages
-from model import VisionTransformer
 from sources import open_images
-
-
-def tiny():
-    torch.manual_seed(0)
-    return VisionTransformer(32, 2, 2, patch_size=8, img_size=32, num_register_tokens=2, init_std=0.1).eval()
-
-
-def write_images(folder, good, bad=0):
-    folder.mkdir(parents=True)
-    for i in range(good):
-        Image.new("RGB", (40, 30), (40 * i % 256, 0, 90)).save(folder / f"{i}.png")
-    for i in range(bad):
-        (folder / f"bad{i}.png").write_bytes(b"no image")
 
 
 def job(tmp_path, **options):
     """The arguments of a job of nine readable images and, at the end, a broken one."""
     if not (tmp_path / "photos").exists():
-        write_images(tmp_path / "photos", 9, bad=1)
+        write_flat_images(tmp_path / "photos", 9, bad=1)
     images = EvalImages(open_images([str(tmp_path / "photos")]), 32, **options)
     return dict(out=tmp_path / "f.npz", images=images, batch_size=2)
 
 
 def test_the_file_holds_the_tokens(tmp_path):
     """Rows of what decodes, in order; the names of what does not; nothing is left beside the file."""
-    done = extract_to_npz(backbone=tiny(), **job(tmp_path))
+    done = extract_to_npz(backbone=tiny_backbone(), **job(tmp_path))
     found = np.load(tmp_path / "f.npz")
     images = EvalImages(open_images([str(tmp_path / "photos")]), 32)
     with torch.no_grad():
-        expected = tiny()(normalize(torch.stack([images[i][0] for i in range(9)])))
+        expected = tiny_backbone()(normalize(torch.stack([images[i][0] for i in range(9)])))
     for name, tokens in expected._asdict().items():
         np.testing.assert_allclose(found[name], tokens.numpy(), atol=1e-5)
     assert found["paths"].tolist() == [str(tmp_path / f"photos/{i}.png") for i in range(9)]
@@ -53,7 +39,7 @@ def test_the_file_holds_the_tokens(tmp_path):
 
 
 def test_half_the_bytes_and_fewer_parts(tmp_path):
-    extract_to_npz(backbone=tiny(), parts=("cls", "patches"), dtype="float16", **job(tmp_path))
+    extract_to_npz(backbone=tiny_backbone(), parts=("cls", "patches"), dtype="float16", **job(tmp_path))
     found = np.load(tmp_path / "f.npz")
     assert sorted(found.files) == ["bad", "cls", "labels", "patches", "paths"]
     assert found["patches"].dtype == np.float16
@@ -85,15 +71,15 @@ def save_every_batch(monkeypatch):
 
 
 def test_a_killed_job_resumes(tmp_path, save_every_batch):
-    extract_to_npz(backbone=tiny(), **job(tmp_path))
+    extract_to_npz(backbone=tiny_backbone(), **job(tmp_path))
     whole = dict(np.load(tmp_path / "f.npz"))
     (tmp_path / "f.npz").unlink()
     with pytest.raises(KeyboardInterrupt):
-        extract_to_npz(backbone=Dying(tiny()), **job(tmp_path))
+        extract_to_npz(backbone=Dying(tiny_backbone()), **job(tmp_path))
     assert not (tmp_path / "f.npz").exists()
     with open(tmp_path / "f.npz.partial" / "cls", "ab") as f:
         f.write(b"torn")  # as much of the third batch as reached the disk
-    counted = Dying(tiny())
+    counted = Dying(tiny_backbone())
     counted.calls = 3  # never again the third
     extract_to_npz(backbone=counted, **job(tmp_path))
     assert counted.calls == 3 + 3  # two batches were done, the last has no readable image
@@ -104,17 +90,17 @@ def test_a_killed_job_resumes(tmp_path, save_every_batch):
 
 def test_another_job_does_not_resume_it(tmp_path, save_every_batch):
     with pytest.raises(KeyboardInterrupt):
-        extract_to_npz(backbone=Dying(tiny()), **job(tmp_path))
-    other = tiny()
+        extract_to_npz(backbone=Dying(tiny_backbone()), **job(tmp_path))
+    other = tiny_backbone()
     other.norm.weight.data += 1
-    for backbone, options in ((other, {}), (tiny(), dict(fit="pad"))):
+    for backbone, options in ((other, {}), (tiny_backbone(), dict(fit="pad"))):
         with pytest.raises(UserError, match="f.npz.partial was begun with other images, weights or options"):
             extract_to_npz(backbone=backbone, **job(tmp_path, **options))
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    write_images(tmp_path / "photos", 4, bad=1)
-    torch.save({"teacher": tiny().state_dict(), "arch": {"num_heads": 2}}, tmp_path / "t.pth")
+    write_flat_images(tmp_path / "photos", 4, bad=1)
+    torch.save({"teacher": tiny_backbone().state_dict(), "arch": {"num_heads": 2}}, tmp_path / "t.pth")
     out = tmp_path / "f.npz"
     argv = ["extract.py", str(tmp_path / "photos"), "--weights", str(tmp_path / "t.pth"), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [*argv, "--size", "48", "--fit", "pad"])

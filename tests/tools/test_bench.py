@@ -3,6 +3,7 @@ itself, as tools/isolation.py promises."""
 
 import json
 import os
+import resource
 import time
 from functools import partial
 from typing import NamedTuple
@@ -260,6 +261,17 @@ def test_isolated_functions_run_side_by_side(tmp_path):
     assert {name: outcome.value for name, outcome in outcomes.items()} == {"a": "a", "b": "b"}
     (tmp_path / "b").unlink()
     assert run_isolated({"a": functions["a"]}, limit=0.3)["a"].failure == "stopped: it took too long"
+
+
+def test_a_full_disk_costs_one_function():
+    def fill(number):
+        if number == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # as a full disk: nothing can be written
+        return number
+
+    outcomes = run_isolated({number: partial(fill, number) for number in range(2)})
+    assert outcomes[0].failure == "ended with code 1, without a word"
+    assert outcomes[1].value == 1
 
 
 def test_what_an_isolated_function_starts_ends_with_it(tmp_path):

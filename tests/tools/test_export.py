@@ -52,7 +52,7 @@ def same_features(a, b, sides=((6, 6), (5, 3))):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def same_tensors(a, b, but=()):
+def assert_same_tensors(a, b, but=()):
     assert a.keys() == b.keys()
     assert [name for name in a if name not in but and not torch.equal(a[name], b[name])] == []
 
@@ -74,7 +74,7 @@ def test_hugging_face_and_back(options, tmp_path):
     tensors = rename_to("hf", back.state_dict())
     if not backbone.arch["layerscale"]:  # theirs has gained one
         tensors = {name: x for name, x in tensors.items() if "layer_scale" not in name}
-    same_tensors(rename_to("hf", backbone.state_dict()), tensors)
+    assert_same_tensors(rename_to("hf", backbone.state_dict()), tensors)
     same_features(backbone, back)
     assert back.arch == {**backbone.arch, "layerscale": 1.0}
     hf_config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -88,7 +88,7 @@ def test_timm_and_back(options, tmp_path):
     export.write_timm(backbone, file)
     back = load_backbone(file)
     folded = ("cls_token", "pos_embed") if backbone.num_register_tokens else ()
-    same_tensors(backbone.state_dict(), back.state_dict(), but=("mask_token", *folded))
+    assert_same_tensors(backbone.state_dict(), back.state_dict(), but=("mask_token", *folded))
     assert torch.equal(backbone.pos_embed[:, 1:], back.pos_embed[:, 1:])
     same_features(backbone, back)
     assert back.arch == backbone.arch
@@ -104,7 +104,7 @@ def test_meta_and_back(options, tmp_path):
         return
     export.write_meta(backbone, file)
     back = load_backbone(file)
-    same_tensors(backbone.state_dict(), back.state_dict())
+    assert_same_tensors(backbone.state_dict(), back.state_dict())
     same_features(backbone, back)
 
 
@@ -113,7 +113,7 @@ def test_three_times_round_the_world(tmp_path):
     torch.save(tiny_backbone(**REGISTERS).state_dict(), tmp_path / "a.pth")
     export.write_hf(load_backbone(tmp_path / "a.pth"), tmp_path / "hf")
     export.write_meta(load_backbone(tmp_path / "hf"), tmp_path / "b.pth")
-    same_tensors(*(torch.load(tmp_path / name, weights_only=True) for name in ("a.pth", "b.pth")))
+    assert_same_tensors(*(torch.load(tmp_path / name, weights_only=True) for name in ("a.pth", "b.pth")))
 
 
 @pytest.mark.parametrize("to, out", [("hf", "hf"), ("timm", "w.safetensors"), ("meta", "w.pth")])
@@ -196,7 +196,7 @@ def test_foreign_weights_are_converted_before_a_run_starts_from_them(layout, cha
     export.main([str(file), "--to", "meta", "--out", str(converted)])
     sentence, heads_taken = features.init_from_weights(student, converted)
     assert "heads drawn anew" in sentence and not heads_taken
-    same_tensors(source.state_dict(), student.backbone.state_dict(), but=changed)
+    assert_same_tensors(source.state_dict(), student.backbone.state_dict(), but=changed)
     same_features(source, student.backbone.eval())
     same_features(source, features.load_backbone(converted))
 
@@ -242,7 +242,7 @@ def test_chunked_checkpoints_of_the_authors(student, tmp_path):
     file = tmp_path / "teacher_checkpoint.pth"
     save_as_training_checkpoint(backbone, file, student)
     back = load_backbone(file)
-    same_tensors(backbone.state_dict(), back.state_dict())
+    assert_same_tensors(backbone.state_dict(), back.state_dict())
     same_features(backbone, back)
     assert list(read_weights(file)[1]) == ["dino_head.last_layer.weight_g"]
 
@@ -372,7 +372,9 @@ def test_half_precision_files_load_as_fp32(tmp_path):
     tensors = {name: x.half() for name, x in rename_to("hf", backbone.state_dict()).items()}
     export.write_safetensors(tmp_path / "w.safetensors", tensors, backbone.arch)
     back = load_backbone(tmp_path / "w.safetensors")
-    same_tensors({name: x.half().float() for name, x in backbone.state_dict().items()}, back.state_dict())
+    assert_same_tensors(
+        {name: x.half().float() for name, x in backbone.state_dict().items()}, back.state_dict()
+    )
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
@@ -468,7 +470,7 @@ def test_torch_hub(tmp_path):
     assert not model.training
     values = {name: torch.full_like(x, 0.5) for name, x in model.state_dict().items()}
     torch.save(values, tmp_path / "w.pth")
-    same_tensors(values, load("vits14_reg", weights=tmp_path / "w.pth").state_dict())
+    assert_same_tensors(values, load("vits14_reg", weights=tmp_path / "w.pth").state_dict())
     for other, stem in (("vitb14_reg", "dinov2_vitb14_reg4"), ("vits14", "dinov2_vits14")):
         with pytest.raises(UserError, match=f"holds a ViT of width 384.*, not the {stem} of this entry"):
             load(other, weights=tmp_path / "w.pth")
@@ -545,6 +547,20 @@ def test_against_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     tensors = {"a": torch.randn(3, 2), "b": torch.randn(5).half(), "c": torch.randn(1).bfloat16()}
     export.write_safetensors(tmp_path / "ours", tensors, {})
-    same_tensors(tensors, safetensors.load_file(tmp_path / "ours"))
+    assert_same_tensors(tensors, safetensors.load_file(tmp_path / "ours"))
     safetensors.save_file(tensors, tmp_path / "theirs")
-    same_tensors(tensors, weights.read_safetensors(tmp_path / "theirs")[0])
+    assert_same_tensors(tensors, weights.read_safetensors(tmp_path / "theirs")[0])
+
+
+def test_a_run_folder_is_its_teacher_whatever_lies_beside_it(tmp_path):
+    """An export into the run folder goes stale when the run continues."""
+    run = tmp_path / "run"
+    run.mkdir()
+    teacher = tiny_backbone()
+    other = tiny_backbone()
+    with torch.no_grad():
+        other.cls_token.fill_(1)
+    torch.save({"teacher": teacher.state_dict(), "arch": teacher.arch}, run / "teacher.pth")
+    export.write_safetensors(run / "model.safetensors", other.state_dict(), other.arch)
+    assert torch.equal(load_backbone(run).cls_token, teacher.cls_token)
+    assert torch.equal(load_backbone(run / "model.safetensors").cls_token, other.cls_token)

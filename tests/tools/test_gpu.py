@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "results"))
 
 import gpu  # noqa: E402
 
-ONLY_ON_A_GPU = {"ViT-L/14, peak memory / plan.py's"}
+ONLY_ON_A_GPU = {"ViT-L/14, peak memory / tools/plan.py's"}
 
 
 @pytest.fixture(scope="module")
