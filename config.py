@@ -8,7 +8,9 @@ load unchanged; one warning lists their keys without a meaning here. "ours" mark
 Everything between Config and `load` serves any class of sections, curation's settings too.
 """
 
+import argparse
 import errno
+import json
 import os
 import re
 import sys
@@ -239,6 +241,26 @@ def convert(kind, value):
     if not isinstance(value, origin):
         raise ValueError("true or false" if origin is bool else "text")
     return value
+
+
+def argument(kind):
+    """For argparse: `type=argument(Count)` reads one text of that kind, or says what is accepted."""
+
+    def read(text):
+        try:
+            return convert(kind, text)
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(f"{text!r} must be {e}") from None
+
+    return read
+
+
+def parse_json(text):
+    """JSON, text or bytes -> its value. Whatever is wrong with it is a ValueError, endless brackets too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 KINDS = kinds_of(Config())
