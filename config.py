@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
+from reprlib import repr as short_repr  # cut: a few bytes of YAML can be endless in print
 from typing import Annotated, Literal, Union, get_args, get_origin
 
 import yaml
@@ -32,6 +33,12 @@ Count = Annotated[int, Range(1, 1e15, "a whole number, 1 or more")]
 Number = Annotated[float, Range(0, 1e15, "a number, 0 or more")]
 Positive = Annotated[float, Range(1e-15, 1e15, "a number above 0")]
 Share = Annotated[float, Range(0, 1, "a number from 0 to 1")]
+Pixels = Annotated[int, Range(1, 65535, "a number of pixels from 1 to 65535")]
+OptionalPixels = Annotated[int, Range(0, 65535, "a number of pixels up to 65535, or 0")]
+Layers = Annotated[int, Range(1, 100, "a whole number from 1 to 100")]
+Workers = Annotated[int, Range(0, 1024, "a whole number from 0 to 1024")]
+BelowOne = Annotated[float, Range(0, 0.999999, "a number from 0 to 0.999999")]
+Prototypes = Annotated[int, Range(2, 1e15, "a whole number, 2 or more")]  # one would make every answer right
 
 
 class UserError(Exception):
@@ -43,9 +50,9 @@ class Config:
     """All settings, as in `cfg.optim.base_lr`: an instance of every section below."""
     class dino:
         loss_weight: Number = 1.0  # of the [CLS] loss; 0 turns it off
-        head_n_prototypes: Count = 65536  # K, the number of pseudo-classes
+        head_n_prototypes: Prototypes = 65536  # K, the number of pseudo-classes
         head_bottleneck_dim: Count = 256  # width of the unit vectors that are compared with the prototypes
-        head_nlayers: Count = 3  # of the head's MLP
+        head_nlayers: Layers = 3  # of the head's MLP
         head_hidden_dim: Count = 2048
         koleo_loss_weight: Number = 0.1  # spreads images apart; applied to each global crop
         koleo_group: Whole = 0  # ours: images among which neighbours are searched; 0 = batch_size_per_gpu
@@ -56,21 +63,22 @@ class Config:
         mask_sample_probability: Share = 0.5  # share of global crops that are masked; 0 for DINOv1
         mask_ratio_min_max: tuple[Share, Share] = (0.1, 0.5)  # share of a masked crop's patches
         separate_head: bool = False  # false: patches share dino's head, and the four keys below are unused
-        head_n_prototypes: Count = 65536
+        head_n_prototypes: Prototypes = 65536
         head_bottleneck_dim: Count = 256
-        head_nlayers: Count = 3
+        head_nlayers: Layers = 3
         head_hidden_dim: Count = 2048
     class train:
         batch_size_per_gpu: Count = 64  # images (not crops) of a micro-batch on one process
         dataset_path: str = ""  # scenes:COUNT:seed=S, folder:PATH, tar:PATH, list:FILE; empty = scenes
         output_dir: str = ""  # the run folder; empty = under runs/
         seed: Whole = 0  # determines initial weights, order, crops and masks
-        num_workers: Whole = 10  # processes that decode images; 0 = the training process itself
+        num_workers: Workers = 10  # processes that decode images; 0 = the training process itself
         OFFICIAL_EPOCH_LENGTH: Count = 1250  # steps per "epoch", whatever the size of the data set
         centering: Literal["centering", "sinkhorn_knopp"] = "centering"  # of teacher targets
         max_bad_images: Share = 0.01  # ours: share of unreadable images at which the run stops
         accumulate: Count = 1  # ours: micro-batches per step; Sinkhorn and KoLeo see one at a time
-        checkpoint_every: Whole = 0  # ours: steps; 0 = only at the end and on a signal
+        checkpoint_minutes: Number = 15.0  # ours: since the last save; 0 = not by time
+        checkpoint_every: Whole = 0  # ours: steps; 0 = only by time, at the end and on a signal
         keep_last: Count = 3  # ours: number of newest checkpoints kept
         keep_every: Whole = 0  # ours: checkpoints at multiples of this step are never deleted; 0 = none
         log_every: Count = 10  # ours: steps between rows of metrics.jsonl
@@ -79,7 +87,7 @@ class Config:
         distill_from: str = ""  # ours: a run of a larger model, whose teacher stays frozen as the teacher
     class student:
         arch: Literal["vit_laptop", "vit_small", "vit_base", "vit_large", "vit_giant2"] = "vit_large"
-        patch_size: Count = 16  # pixels
+        patch_size: Pixels = 16
         drop_path_rate: Share = 0.3  # share of images for which a branch is skipped
         layerscale: Number = 1.0e-5  # initial scale of each branch; 0 = no LayerScale
         drop_path_uniform: bool = True  # false: grows from 0 at the first block to the rate at the last
@@ -87,8 +95,8 @@ class Config:
         ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = "mlp"  # the last two are the same
         num_register_tokens: Whole = 0
         interpolate_antialias: bool = False  # true, with offset 0.0, for weights with registers
-        interpolate_offset: Number = 0.1  # 0.1, with antialias false, for those without
-        pos_embed_size: Whole = 0  # ours: image size of the position grid; 0 = global_crops_size
+        interpolate_offset: BelowOne = 0.1  # 0.1, with antialias false, for those without
+        pos_embed_size: OptionalPixels = 0  # ours: image size of the position grid; 0 = global_crops_size
     class teacher:
         momentum_teacher: Share = 0.992  # share of the teacher kept at each step; cosine schedule
         final_momentum_teacher: Share = 1.0
@@ -107,14 +115,14 @@ class Config:
         freeze_backbone_epochs: Number = 0.0  # ours: only the heads learn this long, e.g. after init_from
         patch_embed_lr_mult: Number = 0.2
         layerwise_decay: Share = 0.9  # of the learning rate, per block towards the input
-        adamw_beta1: Share = 0.9
-        adamw_beta2: Share = 0.999
+        adamw_beta1: BelowOne = 0.9
+        adamw_beta2: BelowOne = 0.999
     class crops:
         global_crops_scale: tuple[Share, Share] = (0.32, 1.0)  # share of the image's area
         local_crops_number: Whole = 8  # L
         local_crops_scale: tuple[Share, Share] = (0.05, 0.32)
-        global_crops_size: Count = 224  # pixels
-        local_crops_size: Count = 96
+        global_crops_size: Pixels = 224
+        local_crops_size: Pixels = 96
         blur: Literal["as_executed", "as_written"] | tuple[Share, Share, Share] = "as_executed"  # ours
         jitter: tuple[Share, Share, Share, Share] = (0.4, 0.4, 0.2, 0.1)  # ours: light, contrast, colour, hue
         jitter_prob: Share = 0.8  # ours
@@ -123,12 +131,14 @@ class Config:
     class evaluation:
         eval_period_iterations: Whole = 12500  # steps between k-NN evaluations; 0 = only at the end
         train_path: str = ""  # ours: labelled images to search in; empty = no k-NN
-        test_path: str = ""  # ours: labelled images to classify
+        test_path: str = ""  # ours: labelled images to classify; empty = a part of train_path
+        split: Share = 0.25  # ours: that part, of each class
+        split_seed: Whole = 0  # ours: another number is another part
         knn_k: Count = 20  # ours
         online_limit: Whole = 0  # ours: images of each set used during training; 0 = all
         batch_size: Count = 256  # ours
-        image_size: Whole = 0  # ours: pixels; 0 = global_crops_size
-        resize_size: Whole = 0  # ours: shorter side before the centre crop; 0 = image_size
+        image_size: OptionalPixels = 0  # ours; 0 = global_crops_size
+        resize_size: OptionalPixels = 0  # ours: shorter side before the centre crop; 0 = image_size
     class compute_precision:
         dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it
     class speed:  # ours: these change the time of a run, not its result (beyond rounding)
@@ -136,7 +146,7 @@ class Config:
         checkpointing: Literal["off", "full", "selective"] = "off"  # of activations: less memory, more time
         compile: Literal["auto", "on", "off"] = "auto"  # torch.compile, block by block; auto: on a GPU
         kernels: Literal["auto", "triton", "pytorch"] = "auto"  # auto: triton on a GPU
-        threads: Whole = 0  # per process, on the CPU; 0 = PyTorch's default
+        threads: Workers = 0  # per process, on the CPU; 0 = PyTorch's default
     # fmt: on
 
     def __init__(self):
@@ -169,19 +179,21 @@ def read_values(*sources):
     """
     values = {}
     for source in filter(None, sources):
+        name = source
         try:
             if isinstance(source, str):
                 name, equals, text = source.partition("=")
                 if not equals:
                     raise UserError(f"'{name}' is no setting: write section.key=value, e.g. optim.epochs=10")
-                values[name] = yaml.safe_load(text)
+                values[name] = parse_yaml(text)
                 continue
-            tree = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
+            tree = parse_yaml(source.read_text(encoding="utf-8"))
+            tree = {} if tree is None else tree
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"the config {source} cannot be read: {e}") from None
-        except (yaml.YAMLError, ValueError) as e:
-            raise UserError(f"{source} is not valid plain YAML: {' '.join(str(e).split())}") from None
-        if not isinstance(tree, dict) or any(not isinstance(keys or {}, dict) for keys in tree.values()):
+        except ValueError as e:
+            raise UserError(f"{name} is not valid plain YAML: {e}") from None
+        if not isinstance(tree, dict) or not all(isinstance(v, dict | None) for v in tree.values()):
             raise UserError(f"the config {source} must hold sections, each with indented lines `key: value`")
         for section, keys in tree.items():
             values |= {f"{section}.{key}": value for key, value in (keys or {}).items()}
@@ -196,11 +208,12 @@ def assign(settings, values):
         if name not in kinds:
             same_key = [known for known in kinds if known.split(".")[1] == key]
             near = get_close_matches(name, same_key or kinds, n=1, cutoff=0)[0]
-            raise UserError(f"there is no setting {name} (given as {value!r}); the nearest is {near}")
+            given = short_repr(value)
+            raise UserError(f"there is no setting {name} (given as {given}); the nearest is {near}")
         try:
             setattr(getattr(settings, section), key, convert(kinds[name], value))
         except ValueError as e:
-            raise UserError(f"{name} is {value!r}, but must be {e}") from None
+            raise UserError(f"{name} is {short_repr(value)}, but must be {e}") from None
 
 
 def convert(kind, value):
@@ -238,8 +251,8 @@ def convert(kind, value):
         raise ValueError(limit.words)
     if origin is str and value is None:  # YAML reads an empty text as null
         return ""
-    if not isinstance(value, origin):
-        raise ValueError("true or false" if origin is bool else "text")
+    if not isinstance(value, origin) or "\0" in str(value):
+        raise ValueError("true or false" if origin is bool else "text without NUL bytes")
     return value
 
 
@@ -253,6 +266,16 @@ def argument(kind):
             raise argparse.ArgumentTypeError(f"{text!r} must be {e}") from None
 
     return read
+
+
+def parse_yaml(text):
+    """Plain YAML, without tags -> its value. Whatever is wrong with it is a ValueError, as in parse_json."""
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as e:
+        raise ValueError(" ".join(str(e).split())) from None
 
 
 def parse_json(text):
@@ -282,7 +305,8 @@ def load(file=None, model=None, overrides=()):
     values = read_values(presets.get(model), Path(file) if file else None, *overrides)
     for name, only in FIXED.items():
         if values.get(name, only) != only:
-            raise UserError(f"{name} is {values[name]!r}, but only {only!r} is implemented: remove the line")
+            given = short_repr(values[name])
+            raise UserError(f"{name} is {given}, but only {only!r} is implemented: remove the line")
     ignored = sorted(values.keys() & IGNORED)
     cfg = Config()
     assign(cfg, {name: value for name, value in values.items() if name not in {*FIXED, *IGNORED}})
@@ -305,9 +329,9 @@ def check(cfg):
     sizes = ["crops.global_crops_size", "student.pos_embed_size", "evaluation.image_size"]
     if cfg.crops.local_crops_number:
         sizes.append("crops.local_crops_size")
-        if cfg.crops.local_crops_size < 5:
-            problems.append("crops.local_crops_size must be 5 or more: blur reaches 4 pixels beyond the edge")
     for name in sizes:
+        if name.startswith("crops.") and values[name] < 5:
+            problems.append(f"{name} must be 5 or more: blur reaches 4 pixels beyond the edge")
         if values[name] % patch_size:
             problems.append(f"{name} {values[name]} is no multiple of student.patch_size {patch_size}")
     for name, value in values.items():
@@ -323,31 +347,63 @@ def check(cfg):
     batch_size = cfg.train.batch_size_per_gpu
     if group and batch_size % group:
         problems.append(f"dino.koleo_group {group} must divide train.batch_size_per_gpu {batch_size}")
+    if cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH < 0.5:
+        problems.append("optim.epochs * train.OFFICIAL_EPOCH_LENGTH is not even one step")
     if problems:
         raise UserError("; ".join(problems))
 
 
-def run(main):
-    """Call a script's `main` and exit with its code (None = 0), or with 1 and one line for a UserError."""
+# As Python, NumPy, and PyTorch for a CPU, a GPU and numbers beyond 64 bits put it.
+OUT_OF_MEMORY = "MemoryError|DefaultCPUAllocator|out of memory|ALLOC_FAILED|size calculation overflowed"
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a quota, the largest file
+
+
+def run(main, if_out_of_memory="lower the batch size, or the size or number of images"):
+    """Call a script's `main` and exit with its code (None = 0), or with 1 and a sentence: see `explain`.
+
+    if_out_of_memory: what to do then, for that sentence.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     try:
         code = main()
     except SystemExit as e:
         code = e.code
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        code = 1
-    except OSError as e:
-        if e.errno != errno.ENOSPC:
-            raise
-        print(f"error: {e}: make room; a run goes on with --resume", file=sys.stderr)
-        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Exception as e:
+        sentence = explain(e, if_out_of_memory)
+        if not sentence:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        code = 1
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads abort some normal exits
         sys.stdout.flush()
         os._exit(code or 0)
     sys.exit(code)
+
+
+def root_cause(error):
+    """torch's zip writer answers a full disk with "unexpected pos": the OSError before it knows better."""
+    while isinstance(error, RuntimeError) and error.__context__:
+        error = error.__context__
+    return error
+
+
+def explain(error, if_out_of_memory):
+    """What a user can mend, in a sentence; None for a bug, whose traceback is wanted."""
+    text = f"{type(error).__name__}: {error}"
+    if re.search(OUT_OF_MEMORY, text):
+        amount = re.search(r"allocate ([\d.]+ \w+)", text)
+        needed = f" for another {amount[1]}" if amount else ""
+        return f"there is not enough memory{needed}: {if_out_of_memory}"
+    if isinstance(error, UserError):
+        return str(error)
+    error = root_cause(error)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return f"{error}: make room; a run goes on with --resume"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error}: check that path, or choose another"
 
 
 if __name__ == "__main__":

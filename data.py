@@ -85,7 +85,10 @@ def sample_crop_sizes(rng, crops, width, height):
 
 
 def crop_and_resize(image, box, size, flip):
-    """uint8 (3, H, W) -> uint8 (3, size, size): bicubic, antialiased, within 2/255 of Pillow's."""
+    """uint8 (3, H, W) -> uint8 (3, size, size): bicubic, antialiased.
+
+    As Pillow's within 2/255; in some shapes of boxes, up to 30/255 where black pixels meet white ones.
+    """
     # 0.11 ms for a crop of 224, Pillow's 0.83: PyTorch has vector code for bytes stored channels last.
     left, top, w, h = box.tolist()
     crop = image[None, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)

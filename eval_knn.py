@@ -2,6 +2,7 @@
 
     python eval_knn.py --weights runs/laptop             # a run folder: its own teacher, its own data
     python eval_knn.py --weights teacher.pth --train folder:/data/train --test folder:/data/test
+    python eval_knn.py --weights teacher.pth --train folder:/photos    # a quarter of each class is classified
     python eval_knn.py --weights runs/laptop --predict cat.jpg dog.jpg
 
 Prints top-1 accuracy for k = 10, 20, 100, 200, beside what any number must beat: chance, raw pixels, and the
@@ -11,12 +12,17 @@ share was right among the labelled queries (`python -m evals.neighbours` also dr
 """
 
 import argparse
+import math
+import sys
+from collections import Counter
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import config
 from config import UserError
+from data import stable_hash
 from distributed import rank
 from features import EvalImages, extract_features, iterate_batches, open_backbone, untrained_copy
 from model import describe_backbone
@@ -97,50 +103,142 @@ def majority_accuracy(labels):
     return (labels.bincount().max() / len(labels)).item()
 
 
+# ---------------------------------------------------------------- which labelled images
+
+
 def add_eval_args(parser):
     """Which labelled images: the arguments of every script that evaluates a backbone on them."""
     add = parser.add_argument
+    whole = config.argument(config.Whole)
     add("--train", default="", help="the labelled bank, e.g. folder:/data/train (default: the run's own)")
-    add("--test", default="", help="the labelled queries (default: the run's own)")
-    add("--image-size", type=int, default=0, help="side of the square the network sees, in pixels")
-    add("--limit", type=int, default=0, help="use only so many images of each set, evenly spread")
+    add("--test", default="", help="the labelled queries (default: the run's own, or a part of --train)")
+    add("--split", type=config.argument(config.Share), help="take this share of each class of --train as "
+        "queries (default 0.25)")  # fmt: skip
+    add("--split-seed", type=whole, help="another number is another split (default 0)")
+    add("--image-size", type=config.argument(config.OptionalPixels), default=0, help="side of the square the "
+        "network sees, in pixels")  # fmt: skip
+    add("--limit", type=whole, default=0, help="use only so many images of each set, evenly spread")
 
 
-def apply_image_size(args, cfg):
-    """--image-size, if given, replaces both sizes of the run's evaluation."""
+def apply_eval_args(args, cfg):
+    """The arguments above, where given, replace the run's settings. Raises UserError."""
+    evaluation = cfg.evaluation
+    if args.test and args.split is not None:
+        raise UserError("--split takes the queries out of --train: give --split or --test, not both")
+    if args.train or args.split is not None:
+        evaluation.test_path = ""  # the run's own queries have nothing to do with it
+    evaluation.train_path = args.train or evaluation.train_path
+    evaluation.test_path = args.test or evaluation.test_path
+    if args.split is not None:
+        evaluation.split = args.split
+    if args.split_seed is not None:
+        evaluation.split_seed = args.split_seed
     if args.image_size:
-        cfg.evaluation.image_size = args.image_size
-        cfg.evaluation.resize_size = args.image_size
+        evaluation.image_size = args.image_size
+        evaluation.resize_size = args.image_size
 
 
-def has_label(item):
-    """Whether an item of EvalImages is readable and labelled."""
-    return not isinstance(item, BadImage) and item[1] >= 0
+def open_labelled(cfg, path, limit=0, classes=None):
+    """A source as EvalImages of the config's size, labels numbered as in `classes` (default: its own).
 
-
-def open_labelled(cfg, path, limit=0):
-    """A source as EvalImages of the config's size. Raises UserError if none of the first 8 has a label."""
-    size = config.evaluation_size(cfg)
-    images = EvalImages(open_source(path), size, cfg.evaluation.resize_size or size, limit)
-    if not any(has_label(images[i]) for i in range(min(8, len(images)))):
+    Raises UserError if no image has a label, or if there is a class that is not among these.
+    """
+    dataset = open_source(path)
+    if not dataset.classes:
         raise UserError(f"{path} has no labels (sub-folders, .cls files): k-NN needs labelled images")
-    return images
+    if classes and dataset.classes != classes:
+        try:
+            dataset.renumber(classes)
+        except (ValueError, AttributeError) as e:  # Scenes have classes of their own for good
+            raise UserError(f"{path} has classes that are unknown, {e}: they are compared by name") from None
+    return EvalImages(dataset, config.evaluation_size(cfg), cfg.evaluation.resize_size, limit)
 
 
-def open_eval_sets(cfg, train_path="", test_path="", limit=0):
-    """Bank and queries as the config names them: (EvalImages, EvalImages). Raises UserError."""
-    bank_path = train_path or cfg.evaluation.train_path
-    query_path = test_path or cfg.evaluation.test_path
-    if not bank_path or not query_path:
-        raise UserError("no labelled images: give --train and --test, or evaluation.train_path and test_path")
+def open_eval_sets(cfg, limit=0):
+    """Bank and queries as the config names them: (EvalImages, EvalImages). Raises UserError.
+
+    Without a test_path, the queries are a part of the bank. Labels are numbers of the bank's classes.
+    """
+    bank_path = cfg.evaluation.train_path
+    query_path = cfg.evaluation.test_path
+    if not bank_path:
+        raise UserError("no labelled images: give --train, or evaluation.train_path")
+    if not query_path:
+        return split_images(open_labelled(cfg, bank_path), cfg, limit)
     bank = open_labelled(cfg, bank_path, limit)
-    queries = open_labelled(cfg, query_path, limit)
-    ours = bank.dataset.classes
-    theirs = queries.dataset.classes
-    if ours and theirs and ours != theirs:  # labels are numbers in the order of the names
-        odd = ", ".join(sorted(set(ours) ^ set(theirs))[:3])
-        raise UserError(f"{bank_path} and {query_path} do not have the same classes: {odd} is in one alone")
+    queries = open_labelled(cfg, query_path, limit, bank.dataset.classes)
+    check_overlap(bank.files(), queries.files(), "give other images, or --train alone to split it")
     return bank, queries
+
+
+def split_images(images, cfg, limit=0):
+    """EvalImages cut in two, class by class -> [bank, queries]. Of copies, byte for byte, only one is used.
+
+    The same for each seed and list of images. A class of one image stays in the bank.
+    """
+    evaluation = cfg.evaluation
+    dataset = images.dataset
+    labels = getattr(dataset, "labels", None)
+    members = {}  # of each class
+    seen = set()
+    for i, key in zip(images.indices, content_keys(images.files())):
+        label = dataset[i][1] if labels is None else labels[i]
+        if key not in seen and label >= 0:
+            members.setdefault(dataset.classes[label], []).append(i)
+        seen.add(key)
+    bank = []
+    queries = []
+    for name, numbers in members.items():
+        rng = np.random.default_rng(stable_hash(evaluation.split_seed, name))
+        order = rng.permutation(numbers).tolist()
+        num_queries = min(max(round(evaluation.split * len(order)), 1), len(order) - 1)
+        queries += order[:num_queries]
+        bank += order[num_queries:]
+    if not queries:
+        raise UserError(f"{evaluation.train_path} cannot be split: no class has two different images")
+    copies = len(images) - len(seen)
+    left_out = f"; {copies} copies of others are left out" if copies else ""
+    print(f"{evaluation.train_path} is split: {evaluation.split:g} of each class are queries{left_out}")
+    return [images.subset(sorted(part), limit) for part in (bank, queries)]
+
+
+def check_overlap(train, test, remedy, most=2000):
+    """Raise UserError if test images are training images too, byte for byte: the number would be too good.
+
+    train, test: lists of (data set, index). One in a hundred is the fault of the data set, as in ImageNet: a
+    note, and the number stays comparable. Of many test images only `most` are looked up, evenly spread.
+    """
+    test = test[:: math.ceil(len(test) / most)]
+    keys = content_keys([*test, *train])
+    known = set(keys[len(test) :])
+    twice = [file for file, key in zip(test, keys) if key in known and is_readable(*file)]
+    if twice:
+        example = sample_name(*twice[0])
+        found = f"{len(twice)} of {len(test)} test images are training images too, such as {example}"
+        if len(twice) > len(test) / 100:
+            raise UserError(f"{found}: {remedy}")
+        print(f"note: {found}; they count", file=sys.stderr)
+
+
+def is_readable(dataset, i):
+    try:
+        dataset[i]
+        return True
+    except BadImage:
+        return False
+
+
+def content_keys(files):
+    """[(data set, index)] -> a key of each; two are the same if the files are, byte for byte."""
+    keys = []
+    for dataset, i in files:
+        is_file = hasattr(dataset, "file_size")
+        keys.append(dataset.file_size(i) if is_file else sample_name(dataset, i))
+    count = Counter(keys)
+    for number, (dataset, i) in enumerate(files):
+        if count[keys[number]] > 1 and isinstance(keys[number], int):  # else there is no need to read it
+            keys[number] = dataset.digest(i)
+    return keys
 
 
 # ---------------------------------------------------------------- one image, its class, and how sure
@@ -187,7 +285,7 @@ def print_predictions(backbone, bank, queries, photos, k):
     if not len(features):
         raise UserError("none of these images can be read")
     predicted, share, neighbours = knn_predict(known, known_labels, features, k)
-    names = bank.dataset.classes or range(int(known_labels.max()) + 1)
+    names = bank.dataset.classes
     readable = [i for i in range(len(images)) if i not in images.bad]
     for i, label, votes in zip(readable, predicted.tolist(), share.tolist()):
         _, hit_rate, count = bins[min(int(votes * len(bins)), len(bins) - 1)]
@@ -246,13 +344,14 @@ class KNNEvaluator:
         self.sets = None  # only rank 0 opens the images; `wanted` is known to all ranks
         self.online_sets = None
         evaluation = cfg.evaluation
-        self.wanted = bool(evaluation.train_path and evaluation.test_path)
+        self.wanted = bool(evaluation.train_path)
         self.period = evaluation.eval_period_iterations if self.wanted else 0
         if self.wanted and rank() == 0:
             self.sets = open_eval_sets(cfg)
             self.online_sets = self.sets
             if evaluation.online_limit:
-                self.online_sets = open_eval_sets(cfg, limit=evaluation.online_limit)
+                limit = evaluation.online_limit
+                self.online_sets = [images.subset(images.indices, limit) for images in self.sets]
 
     def accuracy(self, backbone, sets):
         """-> top-1 accuracy, or None on the ranks (and in the runs) that do not evaluate."""
@@ -281,6 +380,11 @@ class KNNEvaluator:
         return result
 
 
+def print_header(weights, backbone, bank, queries):
+    count = f"{len(bank)} images in the bank, {len(queries)} queries"
+    print(f"{weights}: {describe_backbone(backbone)}; {count}, {bank.protocol}")
+
+
 def parse_args():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -289,7 +393,7 @@ def parse_args():
         "such as dinov2_vits14_reg4; `random:` before it: the same network, untrained")  # fmt: skip
     add_eval_args(parser)
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or shards to classify")
-    add("--k", type=int, default=20, help="how many neighbours vote on --predict")
+    add("--k", type=config.argument(config.Count), default=20, help="how many neighbours vote on --predict")
     return parser.parse_args()
 
 
@@ -297,10 +401,9 @@ def main():
     args = parse_args()
     photos = open_images(args.predict) if args.predict else None
     backbone, cfg = open_backbone(args.weights)
-    apply_image_size(args, cfg)
-    bank, queries = open_eval_sets(cfg, args.train, args.test, args.limit)
-    described = describe_backbone(backbone)
-    print(f"{args.weights}: {described}; {len(bank)} images in the bank, {len(queries)} queries")
+    apply_eval_args(args, cfg)
+    bank, queries = open_eval_sets(cfg, args.limit)
+    print_header(args.weights, backbone, bank, queries)
     if photos:
         print_predictions(backbone, bank, queries, photos, args.k)
         return

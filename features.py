@@ -25,6 +25,7 @@ from sources import BadImage, sample_name, to_tensor
 CACHE_BYTES = 512 * 2**20  # evaluation images up to this total are decoded once and kept
 MAX_ELONGATION = 32  # of an image: longer ones show nothing to a patch
 IMAGENET_GREY = (124, 116, 104)  # ImageNet's mean colour: zero for the network
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # ---------------------------------------------------------------- weights from files
 
@@ -48,10 +49,24 @@ def read_tensors(path):
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not named tensors: it is no weights file")
     tensors = content.get("teacher", content.get("model", content))
-    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if not named or not all(map(torch.is_tensor, tensors.values())):
+    arch = content.get("arch") or {}
+    named = isinstance(tensors, dict) and all(map(torch.is_tensor, tensors.values()))
+    named = named and all(isinstance(name, str) and name.isprintable() for name in tensors)
+    if not named or not isinstance(arch, dict):
         raise UserError(f"{path} holds other things than named tensors: it is no weights file")
-    return tensors, content.get("arch") or {}
+    check_tensors(tensors, path)
+    return tensors, arch
+
+
+def check_tensors(tensors, path):
+    """Raise UserError for a tensor that can't be a weight: not plain numbers, or not finite as fp32."""
+    for name, x in tensors.items():
+        plain = x.dtype in WEIGHT_DTYPES and x.layout == torch.strided and not (x.is_meta or x.is_nested)
+        if not plain or not 0 < x.nbytes <= x.untyped_storage().nbytes():  # a few bytes may claim terabytes
+            found = f"{x.dtype}, {x.layout}"
+            raise UserError(f"{path}: {name} ({found}) is no plain tensor of floats: export it again")
+        if not x.float().isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity: take an earlier file, or fetch it again")
 
 
 def split_heads(tensors):
@@ -64,16 +79,16 @@ def split_heads(tensors):
 def find_weights(source, hint=""):
     """The file behind a run folder, a path or a released name that was downloaded earlier."""
     path = Path(source)
-    if (path / "teacher.pth").is_file():
+    if os.path.isfile(path / "teacher.pth"):  # unlike Path.is_file, False for a name that is too long
         return path / "teacher.pth"
-    if path.is_file() and path.suffix != ".safetensors":
+    if os.path.isfile(path) and path.suffix != ".safetensors":
         return path
     stem = released_name(source)
     if stem is None:
         raise UserError(f"no weights at {path}: give a run folder that has a teacher.pth, a .pth file, or a "
                         f"released name{hint}")  # fmt: skip
     file = released_file(stem)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"no weights at {path}: put Meta's file at {file}, or fetch it with "
                         f"`python -m tools.export {stem} --download`")  # fmt: skip
     return file
@@ -109,7 +124,7 @@ def released_arch(stem):
 def infer_arch(tensors, arch, path, hint=""):
     """Constructor arguments of the backbone that these tensors belong to, from their names and shapes.
 
-    arch: the arguments that shapes don't show, if the file states them.
+    arch: the arguments that shapes don't show, if the file states them. Raises UserError.
     """
     try:
         D, _, patch_size, _ = tensors["patch_embed.proj.weight"].shape
@@ -127,12 +142,21 @@ def infer_arch(tensors, arch, path, hint=""):
             interpolate_antialias=R > 0,
             interpolate_offset=0.0 if R else 0.1,
         )
-    except (KeyError, ValueError, AttributeError) as e:
+    except (LookupError, ValueError) as e:
         names = ", ".join(list(tensors)[:3])
         raise UserError(f"{path} holds no DINOv2 backbone: it lacks {e}; its first names are "
                         f"{names}{hint}") from e  # fmt: skip
-    unseen = ("num_heads", "layerscale", "interpolate_antialias", "interpolate_offset")
-    return inferred | {key: arch[key] for key in unseen if key in arch}
+    heads = arch.get("num_heads", inferred["num_heads"])
+    if type(heads) is not int or heads < 1 or D % heads:
+        heads = config.short_repr(heads)
+        raise UserError(f"num_heads is {heads} in {path}, of width {D}: no network is like that")
+    inferred["num_heads"] = heads
+    for key in {"layerscale", "interpolate_antialias", "interpolate_offset"} & arch.keys():
+        try:
+            inferred[key] = config.convert(config.KINDS[f"student.{key}"], arch[key])
+        except ValueError as e:
+            raise UserError(f"{key} is {config.short_repr(arch[key])} in {path}, but must be {e}") from None
+    return inferred
 
 
 def build_backbone(tensors, arch, source, hint=""):
@@ -221,8 +245,8 @@ def open_backbone(source, load=load_backbone):
     """
     name = str(source).removeprefix("random:")
     untrained = name != str(source)
-    folder = Path(name) if Path(name).is_dir() else Path(name).parent
-    if (folder / "config.yaml").is_file():
+    folder = Path(name) if os.path.isdir(name) else Path(name).parent
+    if os.path.isfile(folder / "config.yaml"):
         cfg = config.load(file=folder / "config.yaml")
     else:
         cfg = config.load()
@@ -274,10 +298,10 @@ def preprocess(image, size, resize, fit="crop"):
         canvas = Image.new("RGB", (size, size), IMAGENET_GREY)
         canvas.paste(image.resize([max(round(side * scale), 1) for side in image.size], Image.BICUBIC))
         return to_tensor(canvas)
-    if min(image.size) != resize:
-        scale = resize / min(image.size)
-        image = image.resize([max(round(side * scale), size) for side in image.size], Image.BICUBIC)
-    left, top = ((side - size) // 2 for side in image.size)
+    short = min(image.size)
+    if short != resize:  # int and round are torchvision's: the same pixels
+        image = image.resize([int(resize * side / short) for side in image.size], Image.BICUBIC)
+    left, top = (round((side - size) / 2) for side in image.size)
     return to_tensor(image.crop((left, top, left + size, top + size)))
 
 
@@ -292,18 +316,27 @@ def resize_to_patches(image, patch_size, side=0):
 class EvalImages(Dataset):
     """Images ready for a backbone: item i is (uint8 (3, size, size), label), or a BadImage."""
 
-    def __init__(self, dataset, size, resize=0, limit=0, fit="crop"):
+    def __init__(self, dataset, size, resize=0, limit=0, fit="crop", indices=None):
         self.dataset = dataset
         self.size = size
         self.resize = resize or size
         self.fit = fit
-        n = len(dataset)
-        self.indices = list(range(n))
+        self.protocol = f"{size} pixels out of {self.resize}"  # for header lines
+        self.indices = list(range(len(dataset)) if indices is None else indices)
+        n = len(self.indices)
         if 0 < limit < n:  # every n/limit-th: folders are sorted by class, the first ones would be one class
-            self.indices = [i * n // limit for i in range(limit)]
+            self.indices = [self.indices[i * n // limit] for i in range(limit)]
         self.keep = len(self.indices) * 3 * size * size <= CACHE_BYTES
         self.cache = {}
         self.bad = {}  # {number: path and reason}, as far as `iterate_batches` has read
+
+    def files(self):
+        """(data set, index) of each image."""
+        return [(self.dataset, i) for i in self.indices]
+
+    def subset(self, indices, limit=0):
+        """EvalImages of some images of the same data set, given by their numbers there."""
+        return EvalImages(self.dataset, self.size, self.resize, limit, self.fit, indices)
 
     def __len__(self):
         return len(self.indices)

@@ -12,10 +12,20 @@ dependencies = ["torch", "yaml", "numpy", "PIL"]
 
 # torch.hub lists every name without an underscore as an entry: everything else has one, or is imported late.
 _BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
+# Meta publishes no sums: these are the SHA-256 that many projects have pinned. Of the others none is known.
+_SHA256 = {
+    "dinov2_vits14": "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    "dinov2_vitb14": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+    "dinov2_vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+}
 
 
-def _download(name):
-    """Fetch one of Meta's released files, unless it is in the cache -> its path. Raises UserError."""
+def _download(name, sha256=None):
+    """Fetch one of Meta's released files, unless it is in the cache -> its path. Raises UserError.
+
+    sha256: what the file must have, fetched or cached (default: what is known of a file just fetched).
+    """
+    import hashlib
     from http.client import HTTPException
 
     from config import UserError
@@ -27,17 +37,26 @@ def _download(name):
         raise UserError(f"{name} is not a released model: those are {names}")
     path = released_file(stem)
     if path.is_file():
+        if sha256:
+            with open(path, "rb") as f:
+                found = hashlib.file_digest(f, "sha256").hexdigest()
+            if found != sha256.lower():
+                raise UserError(f"{path} has the SHA-256 {found}, not {sha256}: delete it to fetch it again")
         return path
     url = f"{_BASE_URL}/{stem.removesuffix('_reg4')}/{path.name}"
     try:
-        _fetch(url, path)
+        _fetch(url, path, (sha256 or _SHA256.get(stem, "")).lower())
     except (OSError, HTTPException, ValueError) as e:
         raise UserError(f"{url} cannot be fetched ({e}): fetch it elsewhere and put it at {path}") from None
     return path
 
 
-def _fetch(url, path):
-    """Write what the URL holds to `path`, once all of it is there. OSError if it is no weights file."""
+def _fetch(url, path, sha256):
+    """Write what the URL holds to `path`, once all of it is there and checked.
+
+    OSError if it is no weights file, or has another SHA-256 than the one given ("": none is known).
+    """
+    import hashlib
     import os
     from urllib.request import urlopen
 
@@ -48,14 +67,21 @@ def _fetch(url, path):
     with urlopen(url, timeout=30) as answer, atomic_open(path, f".{os.getpid()}") as f:
         size = answer.headers.get("Content-Length")
         size = int(size) if size else None
+        digest = hashlib.sha256()
         with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
             for piece in iter(lambda: answer.read(1 << 20), b""):
                 if f.tell() == 0 and piece[:1] not in (b"P", b"\x80"):  # neither a zip nor a pickle
                     raise OSError("a web page came instead")
                 f.write(piece)
+                digest.update(piece)
                 bar.update(len(piece))
         if size and f.tell() != size:
             raise OSError(f"it ended after {f.tell()} of {size} bytes")
+        found = digest.hexdigest()
+        if sha256 and found != sha256:
+            raise OSError(f"its SHA-256 is {found}, not {sha256}")
+    verified = "as expected" if sha256 else "and none is known to compare it with: tools.export pins --sha256"
+    print(f"{path.name}: SHA-256 {found}, {verified}")
 
 
 def _load(stem, pretrained=False, weights=None):

@@ -224,7 +224,7 @@ class Scenes:
         return self.count
 
     def name(self, i):
-        return f"scene {i}"
+        return f"scene {i} of seed {self.seed}"
 
     def scene(self, i):
         """(image, label, mask, depth) as `render` gives them."""

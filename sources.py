@@ -7,29 +7,41 @@ A URI, `train.dataset_path`, names a source, and becomes a data set: `dataset[i]
     tar:/data/{000..010}.tar         WebDataset shards, read in place
     list:/data/manifest.jsonl        one JSON object per line, as curation writes it
 
-Only an index is kept in memory: names, labels, and where in a shard the bytes lie.
+Only an index is kept in memory: names, labels, and where in a shard the bytes lie. A label is the name of a
+class, a text, wherever it comes from: folder cat/, a file key.cls, {"label": "cat"} in JSON. A number is the
+text of its digits, so 3 and "3" are one class.
 """
 
+import hashlib
 import io
 import json
+import math
 import os
 import re
+import stat
 import sys
 import tarfile
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from config import UserError
+from config import UserError, parse_json
 from scenes import Scenes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 # Pillow reads fifty formats, and most of its security holes were in the rare ones: name those we want.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 MAX_PIXELS = 64_000_000  # 192 MB as RGB; Pillow merely warns at 144 million
-MAX_LABEL_BYTES = 1 << 20  # of a .cls or .json file in a shard
+MAX_FILE_BYTES = 1 << 29  # of an image: the limit of pixels at 8 bytes each
+MAX_TEXT_BYTES = 1 << 20  # of a .cls or .json file, a line of a manifest, the extension of a tar header
+MAX_NAME_BYTES = 4096  # of a path; Linux allows no more
+SEARCH_BYTES = 1 << 26  # how far to look for the next header behind a damaged one
+MAX_DAMAGE = 100  # damaged places in a shard; the rest of it is not read
+LOOSE_FILE = -1  # offset of an image that is a file of its own
+NO_IMAGE = -2  # offset of a sample whose shard holds no complete image
 
 
 class BadImage(Exception):
@@ -43,31 +55,26 @@ class BadImage(Exception):
 class Entry(NamedTuple):
     """One sample of an index."""
 
-    name: str | None  # a path, or "shard.tar::member"; None: a sample without a complete image
-    label: int | str | None = None
-    offset: int = -1  # of the first byte in the shard; -1: the name is a file of its own
+    name: str  # a path, or "shard.tar::member"
+    label: str | None = None
+    offset: int = LOOSE_FILE  # of the first byte in the shard, or one of the two constants above
     size: int = 0  # in bytes
 
 
 class ImageFiles:
     """Image files, loose or in tar shards: `self[i] -> (PIL RGB, label or -1)`. Raises BadImage.
 
-    `classes` is a sorted list of names or None; `dropped` counts the entries without an image. The name
-    "shard.tar::member" is read in place; nothing is ever unpacked, so ../../etc/passwd is just a name.
+    `classes` are the names of the classes in order, or None; a label is a number of this list. `dropped` are
+    the entries without an image. The name "shard.tar::member" is read in place; nothing is ever unpacked, so
+    ../../etc/passwd is just a name.
     """
 
     def __init__(self, entries):
-        kept = [Entry(*entry) for entry in entries if entry[0]]
-        self.dropped = len(entries) - len(kept)
-        self.classes = sorted({entry.label for entry in kept if isinstance(entry.label, str)}) or None
-        index_of = {name: index for index, name in enumerate(self.classes or ())}
-
-        def class_index(label):
-            if isinstance(label, str):
-                return index_of[label]
-            return label if type(label) is int else -1
-
-        self.labels = np.array([class_index(entry.label) for entry in kept])
+        kept = [entry for entry in entries if entry.offset != NO_IMAGE]
+        self.dropped = [entry for entry in entries if entry.offset == NO_IMAGE]
+        self.classes = sort_classes({entry.label for entry in kept} - {None}) or None
+        number_of = {name: number for number, name in enumerate(self.classes or ())}
+        self.labels = np.array([number_of.get(entry.label, -1) for entry in kept])
         self.offsets = np.array([entry.offset for entry in kept])
         self.sizes = np.array([entry.size for entry in kept])
         # One array of bytes: a list of texts would end up copied in every worker.
@@ -79,15 +86,63 @@ class ImageFiles:
     def name(self, index):
         return os.fsdecode(self.names[index])
 
+    def renumber(self, classes):
+        """Take over the classes of another data set. ValueError with the names that are not among them."""
+        odd = sorted(set(self.classes or ()) - set(classes))
+        if odd:
+            raise ValueError(", ".join(odd[:3]))
+        new_labels = [classes.index(name) for name in self.classes or ()]
+        self.labels = np.array([*new_labels, -1])[self.labels]  # -1 stays -1
+        self.classes = classes
+
+    def file_size(self, index):
+        """Bytes of an image file; -1 if it is not there."""
+        if self.offsets[index] >= 0:
+            return int(self.sizes[index])
+        path = self.name(index)
+        return os.path.getsize(path) if os.path.exists(path) else -1
+
+    def digest(self, index):
+        """SHA-256 of an image file; its name if it cannot be read."""
+        try:
+            return hashlib.sha256(self.read_bytes(index)).hexdigest()
+        except OSError:
+            return self.name(index)
+
     def __getitem__(self, index):
         name = self.name(index)
-        source = name
-        if self.offsets[index] >= 0:
-            shard_path = name.partition("::")[0]
-            with open(shard_path, "rb") as shard:  # opened anew: workers can't share a file position
-                shard.seek(self.offsets[index])
-                source = shard.read(self.sizes[index])
+        try:
+            source = self.read_bytes(index) if self.offsets[index] >= 0 else name
+        except OSError as error:
+            raise BadImage(name, repr(error)) from error
         return decode_image(source, name), int(self.labels[index])
+
+    def read_bytes(self, index):
+        """The bytes of an image file as they are. Raises OSError."""
+        name = self.name(index)
+        offset = self.offsets[index]
+        if offset == LOOSE_FILE:
+            with open_regular(name) as file:
+                return file.read()
+        with open_regular(name.partition("::")[0], limit=math.inf) as shard:  # workers can't share a position
+            shard.seek(offset)
+            return shard.read(self.sizes[index])
+
+
+def sort_classes(names):
+    """Names of classes in order: by value if all are whole numbers, so that class "10" comes after "2"."""
+    by_value = all(re.fullmatch(r"\d{1,18}", name) for name in names)
+    return sorted(names, key=lambda name: (int(name) if by_value else 0, name))
+
+
+def open_regular(path, limit=MAX_FILE_BYTES):
+    """A file, opened for bytes. OSError unless it is a regular file (no pipe, no device) within the limit."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is no regular file")
+    if status.st_size > limit:
+        raise OSError(f"it has {status.st_size:,} bytes, the limit is {limit:,}")
+    return open(path, "rb")
 
 
 def sample_name(dataset, index):
@@ -110,22 +165,25 @@ def open_source(uri):
     if kind == "scenes" and scenes:
         count = int(scenes[1] or 100_000)
         return Scenes(count, **{key: int(value) for key, value in options.items()})
-    if kind.startswith("ImageNet"):  # `extra` holds the authors' index files, which are not needed here
+    if kind in ("ImageNet", "ImageNet22k"):  # `extra` holds the authors' index files, not needed here
         if "root" not in options:
             raise UserError(f"dataset_path {uri!r} names no root; write {uri}:root=/path or folder:/path")
+        rest = options["root"]
+        if kind == "ImageNet":  # the other one has no splits
+            rest = os.path.join(rest, options.get("split", "train").lower())
         kind = "folder"
-        rest = os.path.join(options["root"], options.get("split", "train").lower())
     listing = {"folder": list_folder, "tar": list_tar, "list": list_manifest}.get(kind)
     if not listing or not rest:
         known = "scenes:10000, folder:/path, tar:/path/{000..010}.tar or list:/path/manifest.jsonl"
         raise UserError(f"dataset_path {uri!r} cannot be read; write {known}")
     entries = listing(os.path.expanduser(rest))
-    dropped = sum(entry[0] is None for entry in entries)
-    if dropped:
-        print(f"{uri}: {dropped} of {len(entries)} samples have no complete image: left out", file=sys.stderr)
-    if dropped == len(entries):
+    images = ImageFiles(entries)
+    if images.dropped:
+        count = f"{len(images.dropped)} of {len(entries)}"
+        print(f"{uri}: {count} samples have no complete image: left out", file=sys.stderr)
+    if not len(images):
         raise UserError(f"{uri} holds no images; the formats read are {' '.join(EXTENSIONS)}")
-    return ImageFiles(entries)
+    return images
 
 
 def open_images(paths):
@@ -146,17 +204,24 @@ def open_images(paths):
         elif os.path.isfile(path):
             entries.append(Entry(path))
         else:
-            raise UserError(f"{path} does not exist: give images, folders, .tar files or one data URI")
-    if not any(entry[0] for entry in entries):
+            raise UserError(f"{path} does not exist or is no regular file: give images, folders, .tar files or "
+                            "one data URI")  # fmt: skip
+    images = ImageFiles(entries)
+    if not len(images):
         raise UserError(f"there are no images in {', '.join(map(str, paths)) or 'an empty list'}")
-    return ImageFiles(entries)
+    return images
 
 
 def list_folder(root):
     """Images at any depth, sorted -> [Entry]. The first folder is the label, unless images lie beside it."""
     paths = []
     visited = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+
+    def warn(error):
+        if visited:  # else it is the root, which the message below names
+            print(f"warning: {error.filename} is left out: {error.strerror}", file=sys.stderr)
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=warn):
         real = os.path.realpath(folder)
         if real in visited:  # a link that leads back up would never end
             subfolders.clear()
@@ -192,53 +257,149 @@ def expand_braces(pattern):
 
 
 def list_tar(pattern):
-    """WebDataset shards -> [Entry]: key.jpg with key.cls or key.json is one sample."""
+    """WebDataset shards -> [Entry]: key.jpg with key.cls or key.json is one sample. Warns of damage."""
     entries = []
     for path in expand_braces(pattern):
-        entries += index_tar(path).values()
+        samples, damage = index_tar(path)
+        entries += samples.values()
+        if damage:
+            print(f"warning: {path} is damaged: {damage}", file=sys.stderr)
     return entries
 
 
 def index_tar(path):
-    """One pass over the headers of a shard, 20 us each -> {key: Entry}; its name is None without an image.
+    """One pass over the headers of a shard, 20 us each -> {key: Entry}, and its damage in words, or "".
 
-    A shard that is cut off serves as far as it goes. Raises UserError for a file that is no tar.
+    Behind a damaged header it goes on with the next one, so that costs one member; a shard that is cut off
+    serves as far as it goes. Raises UserError for a file that is no tar.
     """
     samples = {}
-    total_bytes = os.path.getsize(path) if os.path.exists(path) else 0
+    damage = []
     try:
-        with tarfile.open(path, "r:") as shard:  # uncompressed: nothing else can be read at random
-            for member in shard:
-                if not member.isreg() or member.issparse():
-                    continue  # folders, links, devices
-                folder, base = os.path.split(member.name)
-                key = os.path.join(folder, base.split(".")[0])
-                extension = os.path.splitext(base)[1].lower()
-                sample = samples.setdefault(key, Entry(None))
-                if member.offset_data + member.size > total_bytes:
-                    continue  # cut off by the end of the shard
-                if extension in EXTENSIONS and not sample.name:  # the first image of a key counts
-                    name = f"{path}::{member.name}"
-                    sample = sample._replace(name=name, offset=member.offset_data, size=member.size)
-                elif extension in (".cls", ".json") and member.size < MAX_LABEL_BYTES:
-                    text = shard.extractfile(member).read().decode(errors="replace").strip()
-                    sample = sample._replace(label=read_label(text, extension, sample.label))
-                samples[key] = sample
-    except (OSError, tarfile.TarError) as error:
-        if not samples or isinstance(error, OSError):
-            raise UserError(f"{path} is not a readable tar; gunzip it if it is packed ({error})") from error
-    return samples
+        with HeaderReader(open_regular(path, limit=math.inf).detach()) as file:
+            for member in tar_members(file, damage):
+                try:
+                    add_member(samples, path, member, file)
+                except ValueError as error:
+                    damage.append(f"{member.name[-60:]!a}: {error}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable tar: {error}") from error
+    if damage and not samples:
+        raise UserError(f"{path} is not a readable tar; gunzip it if it is packed ({damage[0]})")
+    more = f" (and {len(damage) - 3} more)" if len(damage) > 3 else ""
+    return samples, "; ".join(damage[:3]) + more
 
 
-def read_label(text, extension, default):
-    """The text of key.cls or key.json -> the label: a number, the name of a class, or `default`."""
-    try:
-        value = json.loads(text)
-    except ValueError:  # key.cls may hold the name of a class
-        value = text if extension == ".cls" else {}
-    if not isinstance(value, dict):
-        return value
-    return value.get("label", value.get("cls", default))
+class HeaderReader(io.BufferedReader):
+    """Reads headers and labels, never much at once: a header that lies about a size costs no memory."""
+
+    def read(self, size=-1):
+        if not 0 <= size <= MAX_TEXT_BYTES:
+            raise ValueError(f"{size:,} bytes, the limit is {MAX_TEXT_BYTES:,}")
+        return super().read(size)
+
+    def total_bytes(self):
+        return os.fstat(self.fileno()).st_size
+
+    def read_at(self, offset, size):
+        """`size` bytes from `offset` on; the position stays."""
+        position = self.tell()
+        self.seek(offset)
+        content = self.read(size)
+        self.seek(position)
+        return content
+
+
+def add_member(samples, path, member, file):
+    """What a member of the shard `path` adds to its sample. Raises ValueError where it is unusable."""
+    if member.isdir():
+        return
+    if not member.isreg() or member.issparse():
+        raise ValueError("it is no plain file, but a link, a device or sparse")
+    folder, base = os.path.split(member.name)
+    key = os.path.join(folder, base.split(".")[0])
+    extension = os.path.splitext(base)[1].lower()
+    name = check_name(f"{path}::{member.name}")
+    sample = samples.setdefault(key, Entry(f"{path}::{key}", offset=NO_IMAGE))
+    if member.offset_data + member.size > file.total_bytes():
+        raise ValueError("cut off by the end of the shard")
+    if extension in EXTENSIONS and sample.offset == NO_IMAGE:  # the first image of a key counts
+        sample = sample._replace(name=name, offset=member.offset_data, size=member.size)
+    elif extension == ".json":  # before .cls, since its text is exact
+        label = read_json_label(file.read_at(member.offset_data, member.size))
+        sample = sample._replace(label=label or sample.label)
+    elif extension == ".cls" and not sample.label:
+        text = os.fsdecode(file.read_at(member.offset_data, member.size))
+        sample = sample._replace(label=check_label(text.strip()))
+    samples[key] = sample
+
+
+def tar_members(file, damage):
+    """Yields the TarInfo of each member; adds to the list `damage` where a header cannot be read.
+
+    tarfile itself takes a damaged header for the end of the archive, and says nothing.
+    """
+    position = 0  # of the next header
+    complete = False
+    while position is not None and len(damage) < MAX_DAMAGE:
+        file.seek(position)
+        reason = ""
+        try:
+            archive = tarfile.TarFile(fileobj=file)
+            member = archive.next()
+            while member and member.size >= 0 and archive.offset > position:  # a hostile size may lead back
+                position = archive.offset
+                complete = False
+                yield member
+                member = archive.next()
+        except Exception as error:  # the parser does not expect hostile headers: IndexError, RecursionError
+            reason = f" ({error})"
+        block = file.read_at(min(position, file.total_bytes()), tarfile.BLOCKSIZE)
+        if block.strip(b"\0"):
+            damage.append(f"the header at byte {position:,} is damaged{reason}")
+        elif block:
+            complete = True  # the mark of the end; another archive may follow
+        elif not complete:
+            damage.append("it has no end, as if cut off")
+        position = find_header(file, position + tarfile.BLOCKSIZE)
+
+
+def find_header(file, start):
+    """The position of the first header from `start` on, or None if there is none within SEARCH_BYTES."""
+    end = min(start + SEARCH_BYTES, file.total_bytes())
+    file.seek(min(start, end))
+    for position in range(start, end, tarfile.BLOCKSIZE):
+        with suppress(tarfile.HeaderError):
+            tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+            return position
+    return None
+
+
+def read_json_label(content):
+    """The bytes of key.json -> its label: of an object, the value of "label" or "cls"; else itself."""
+    value = parse_json(content.decode("utf-8", "surrogateescape"))
+    if isinstance(value, dict):
+        value = value.get("label", value.get("cls"))
+    return check_label(value)
+
+
+def check_label(value):
+    """The label of a file -> the name of a class, or None for no label. Raises ValueError.
+
+    A number becomes the text of its digits, so it means the same as a folder of that name.
+    """
+    if isinstance(value, (dict, list)) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"the label {value!r:.60} is neither a text nor a number")
+    label = value if isinstance(value, str) else json.dumps(value)
+    os.fsencode(label)  # half of a surrogate pair is no text: UnicodeEncodeError is a ValueError
+    return label if value not in (None, "") else None
+
+
+def check_name(name):
+    """A path, if there can be a file of that name. Raises ValueError."""
+    if "\0" in name or len(os.fsencode(name)) > MAX_NAME_BYTES:
+        raise ValueError(f"there can be no file {name!r:.60}")
+    return name
 
 
 def list_manifest(manifest):
@@ -247,24 +408,37 @@ def list_manifest(manifest):
     shards = {}
     place = manifest
     try:
-        with open(manifest, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+        with open_regular(manifest, limit=math.inf) as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_TEXT_BYTES), b""), 1):
                 place = f"{manifest} line {number}"
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                row = parse_json(line.decode())
                 if row.get("keep") is False:
                     continue
-                path = os.path.join(os.path.dirname(manifest), row.get("path") or row["shard"])
+                path = check_name(os.path.join(os.path.dirname(manifest), row.get("path") or row["shard"]))
                 entry = Entry(path)
                 if not row.get("path"):
                     if path not in shards:
-                        shards[path] = index_tar(path)
-                    entry = shards[path].get(row["key"], Entry(None))
-                entries.append(entry._replace(label=row.get("label", entry.label)))
+                        shards[path] = index_listed_tar(path)
+                    missing = Entry(check_name(f"{path}::{row['key']}"), offset=NO_IMAGE)
+                    entry = shards[path].get(row["key"], missing)
+                entries.append(entry._replace(label=check_label(row.get("label", entry.label))))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{place}: JSON with path, or shard and key, is needed ({error!r})") from error
     return entries
+
+
+def index_listed_tar(path):
+    """{key: Entry} of a shard that a manifest names. One that cannot be read costs its own images alone."""
+    try:
+        samples, damage = index_tar(path)
+    except UserError as error:
+        samples = {}
+        damage = str(error)
+    if damage:
+        print(f"warning: {path} is damaged: {damage}", file=sys.stderr)
+    return samples
 
 
 # ---------------------------------------------------------------- from bytes to pixels
@@ -277,7 +451,7 @@ def decode_image(source, name, inspect=None):
     """
     head = b""
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
             head = file.read(12)
             with Image.open(file, formats=PILLOW_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:  # from the header, before any memory is spent
@@ -303,7 +477,12 @@ def to_rgb(image):
 
 
 def to_8_bits(grey, mode):
-    """Grey values of mode I, I;16 or F -> PIL L. The range is guessed: 16 bits, 8 bits, or 0 to 1."""
+    """Grey values of mode I, I;16 or F -> PIL L. The range is guessed: 16 bits, 8 bits, or 0 to 1.
+
+    Raises ValueError where a value is no number.
+    """
+    if not np.isfinite(grey).all():
+        raise ValueError("some of its pixels are NaN or infinite")
     largest = grey.max()
     if largest > 255 or "16" in mode:
         grey *= 1 / 257

@@ -24,6 +24,7 @@ import colorsys
 import hashlib
 import math
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -33,23 +34,27 @@ from PIL import Image
 from tqdm import tqdm
 
 import config
-from config import UserError
+from config import Count, Number, OptionalPixels, Positive, Range, UserError, Whole, argument
 from data import normalize, permuted_index
+from eval_knn import check_overlap
 from evals.pairs import Pairs
-from features import load_image, resize_to_patches, untrained_copy
+from features import check_tensors, load_image, resize_to_patches, untrained_copy
 from model import Tokens, describe_backbone
 from runfolder import atomic_open
 from scenes import CLASSES
-from sources import BadImage, open_images
+from sources import BadImage, open_images, open_regular
 from tools.weights import add_weights_args, open_backbone
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKEN_CACHE_BYTES = 2**30  # for the tokens of all training images
 DEPTH_BINS = 256
+NumClasses = Annotated[int, Range(0, 32767, "a number of classes, 32767 at most")]  # masks are int16
 SAVE_EVERY = 200  # steps
 BASE_LEARNING_RATE = dict(seg=1, depth=2)  # over the features' width: for ViT-L about DINOv3's 1e-3, 3e-4
 WEIGHT_DECAY = dict(seg=1e-3, depth=1e-4)
 ITERATIONS = dict(seg=1000, depth=600)
+STATED_KINDS = dict(ignore=int, depth_range=tuple[Positive, Positive], depth_scale=Positive, size=Count,
+                    window=Count, iterations=Whole, names=list)  # in the file of a head  # fmt: skip
 SAVED_SETTINGS = (  # in the file of a head
     "task", "names", "ignore", "depth_range", "depth_scale", "size", "window", "layers", "train",
     "iterations", "batch_size", "lr", "seed")  # fmt: skip
@@ -188,14 +193,21 @@ def read_dense_head(path, settings, backbone):
     """
     wrong_file = f"{path} is not a linear head for --task {settings.task}"
     try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path, limit=math.inf) as f:
+            file = torch.load(f, map_location="cpu", weights_only=True)
         tensors = file.get("state_dict", file)
-        about = file.get("about", {})
+        about = dict(file.get("about", {}))
         outputs, width = tensors[f"decode_head.conv_{settings.task}.weight"].shape[:2]
+        for key in STATED_KINDS.keys() & about.keys():
+            about[key] = config.convert(STATED_KINDS[key], about[key])
+        if settings.task == "seg" and len(about.get("names", range(outputs))) != outputs:
+            raise ValueError(f"{len(about['names'])} names for {outputs} classes")
+        half_trained = file.get("step", 0) < about.get("iterations", 0)
         found = {name: list(x.shape) for name, x in tensors.items()}
     except Exception as e:  # no such file, a web page, a pickle that wants to run code, another head ...
         raise UserError(f"{wrong_file} ({type(e).__name__}: {e})") from None
     one_block = block_width(backbone, settings.task)
+    check_tensors({name: x for name, x in tensors.items() if "num_batches" not in name}, path)
     if width not in (one_block, 4 * one_block):
         available = f"{describe_backbone(backbone)} has {one_block}, or {4 * one_block} with 4 layers"
         raise UserError(f"{path} needs features of width {width}, but this {available}: name its --weights")
@@ -209,7 +221,7 @@ def read_dense_head(path, settings, backbone):
     head.load_state_dict(head.state_dict() | tensors)
     if about.get("backbone") not in (None, weights_digest(backbone)):
         raise UserError(f"{path} was trained on weights other than {settings.weights}: name its --weights")
-    if file.get("step", 0) < about.get("iterations", 0):
+    if half_trained:
         raise UserError(f"{path} is only half trained: run the same training command again")
     return head.to(DEVICE), width // one_block, about
 
@@ -291,9 +303,10 @@ def start_or_resume(features, about, path):
     if not path.exists():
         return head, optimizer, 0
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved_about = saved["about"]
-        step = saved["step"]
+        with open_regular(path, limit=math.inf) as f:
+            saved = torch.load(f, map_location="cpu", weights_only=True)
+        saved_about = dict(saved["about"])
+        step = int(saved["step"])
     except Exception as e:
         raise UserError(f"{path} was not written by this script ({e!r}): move it, or change --out") from None
     for key, value in about.items():
@@ -492,17 +505,23 @@ def parse_settings(argv=None):
     add_weights_args(parser)
     add("--train", default="scenes:600:seed=20", help="scenes:COUNT, or pairs:IMAGES_DIR:MASKS_OR_DEPTH_DIR")
     add("--test", default="scenes:200:seed=21", help="the same, for the score")
-    add("--classes", type=int, default=0, help="number of classes in the masks")
+    add("--classes", type=argument(NumClasses), default=0, help="number of classes in the masks")
     add("--ignore", type=int, default=255, help="label for void; if it is 0, the first class is 1")
-    add("--depth-range", type=float, nargs=2, default=[0.001, 10.0], help="metres (KITTI: 0.001 80)")
-    add("--depth-scale", type=float, default=1000.0, help="value of one metre in a 16-bit PNG (KITTI: 256)")
+    add("--depth-range", type=argument(Positive), nargs=2, default=[0.001, 10.0],
+        help="metres (KITTI: 0.001 80)")  # fmt: skip
+    add("--depth-scale", type=argument(Positive), default=1000.0,
+        help="value of one metre in a 16-bit PNG (KITTI: 256)")  # fmt: skip
     add("--layers", type=int, choices=(1, 4), default=1, help="number of blocks that the head reads")
-    add("--size", type=int, default=0, help="short side of the input in pixels (default: the run's, or 224)")
-    add("--window", type=int, default=0, help="side of the windows for longer images (default: 2 * --size)")
-    add("--iterations", type=int, default=0, help="training steps (default: 1000, for depth 600)")
-    add("--batch-size", type=int, default=16, help="images per step")
-    add("--lr", type=float, default=0.0, help="of AdamW (default: 1, for depth 2, over the features' width)")
-    add("--seed", type=int, default=0, help="of the head, the order of images and the random network")
+    add("--size", type=argument(OptionalPixels), default=0,
+        help="short side of the input in pixels (default: the run's, or 224)")  # fmt: skip
+    add("--window", type=argument(OptionalPixels), default=0,
+        help="side of the windows for longer images (default: 2 * --size)")  # fmt: skip
+    add("--iterations", type=argument(Whole), default=0, help="training steps (default: 1000, for depth 600)")
+    add("--batch-size", type=argument(Count), default=16, help="images per step")
+    add("--lr", type=argument(Number), default=0.0,
+        help="of AdamW (default: 1, for depth 2, over the features' width)")  # fmt: skip
+    add("--seed", type=argument(Whole), default=0,
+        help="of the head, the order of images and the random network")  # fmt: skip
     add("--head", type=Path, help="use this head (default for --predict: runs/dense_TASK/head.pth)")
     add("--predict", metavar="IMAGE", help="write a picture of the head's prediction for this image")
     add("--out", type=Path, help="folder for heads (default: runs/dense_TASK), or --predict's picture")
@@ -525,11 +544,8 @@ def resolve_settings(settings, cfg, about=None, outputs=0):
         settings.window = about.get("window", 2 * settings.size)
     if not settings.iterations:
         settings.iterations = ITERATIONS[settings.task]
-    sizes = (settings.size, settings.window, settings.iterations, settings.batch_size)
-    if min(sizes) <= 0 or settings.depth_scale <= 0:
-        raise UserError("--size, --window, --iterations, --batch-size and --depth-scale must be above 0")
     nearest, farthest = settings.depth_range
-    if not 0 < nearest < farthest:
+    if nearest >= farthest:
         raise UserError(f"--depth-range {settings.depth_range}: two distances above 0, the smaller one first")
     settings.names = class_names(settings, about, outputs)
     if not settings.names and settings.task == "seg":
@@ -568,6 +584,7 @@ def compare_networks(settings, backbone, cfg, folder):
     """Train and score a head on the backbone, on raw pixels and on an untrained network."""
     test = Pairs(settings.test, settings)
     train = Pairs(settings.train, settings)
+    check_overlap(train.files(), test.files(), "give other pairs to --test")
     print(f"training on {len(train)} images of {settings.train}, testing on {len(test)} of {settings.test}")
     untrained = untrained_copy(backbone, cfg, settings.seed)
     networks = (

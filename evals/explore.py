@@ -135,8 +135,8 @@ def parse_args():
     add("--out", type=Path, default="explore.html", help="the page")
     add_photo_args(parser, count=8)
     args = parser.parse_intermixed_args()
-    if args.out.suffix.lower() != ".html" or args.size < 0 or args.count < 1:
-        raise UserError("--out must end in .html, and --size and --count must be positive")
+    if args.out.suffix.lower() != ".html":
+        raise UserError(f"--out {args.out}: it must end in .html")
     return args
 
 

@@ -3,9 +3,9 @@
     python -m evals.extract photos/ one.jpg --weights runs/laptop --out features.npz
     python -m evals.extract tar:/data/{000..010}.tar --weights dinov2_vits14_reg4 --out features.npz
 
-The .npz holds `cls` (n, D), `registers` (n, R, D), `patches` (n, N, D), `labels` (n,) and `paths` (n,).
-Images that do not decode are reported, listed under `bad`, and left out. Interrupt it at any time: the same
-command resumes.
+The .npz holds `cls` (n, D), `registers` (n, R, D), `patches` (n, N, D), `paths` (n,), and `labels` (n,):
+numbers of the names in `classes`, -1 for none. Images that do not decode are reported, listed under `bad`,
+and left out. Interrupt it at any time: the same command resumes.
 
 Rows are appended to plain files beside the .npz, so memory does not grow with the number of images, and a
 killed run loses only its last seconds.
@@ -28,7 +28,7 @@ from numpy.lib import format as npy
 from tqdm import tqdm
 
 import config
-from config import UserError
+from config import Count, OptionalPixels, UserError, Workers, argument, parse_json
 from data import normalize
 from features import EvalImages, iterate_batches
 from model import describe_backbone
@@ -43,20 +43,19 @@ PARTS = ("cls", "registers", "patches")
 def extract_to_npz(out, backbone, images, parts=PARTS, dtype="float32", batch_size=64, num_workers=0):
     """Run EvalImages through a backbone into `out` (.npz), resumable -> dict with `rows` and `bad`.
 
-    Raises UserError if the half-done job beside `out` has other images, weights or options.
+    Raises UserError if the half-done job beside `out` has other images, weights or options, or if no image
+    can be read.
     """
     work = out.with_name(out.name + ".partial")
     columns = column_types(backbone, images, parts, dtype)
     progress = dict(job=job_fingerprint(backbone, images, columns), read=0, rows=0, bad=[])
-    state_file = work / "state.json"
-    if state_file.exists():
-        saved = json.loads(state_file.read_text())
-        if saved["job"] != progress["job"]:
-            others = "other images, weights or options"
-            raise UserError(f"{work} was begun with {others}: delete it or change --out")
-        progress = saved
+    if (work / "state.json").is_file():
+        progress = read_progress(work, columns, progress)
     work.mkdir(parents=True, exist_ok=True)
     append_rows(work, columns, progress, backbone, images, batch_size, num_workers)
+    if not progress["rows"]:
+        shutil.rmtree(work)
+        raise UserError(f"none of these {len(images)} images can be read: {progress['bad'][0]}")
     write_npz(out, work, columns, progress, images)
     shutil.rmtree(work)
     return progress
@@ -74,6 +73,29 @@ def column_types(backbone, images, parts, dtype):
     return columns
 
 
+def row_bytes(column):
+    kind, shape = column
+    return kind.itemsize * math.prod(shape)
+
+
+def read_progress(work, columns, fresh):
+    """The progress of the half-done job in `work`. UserError unless it is this job's and its files are whole.
+
+    fresh: the progress of this job before its first image.
+    """
+    try:
+        saved = parse_json((work / "state.json").read_bytes())
+        whole = [type(value) for value in saved.values()] == [type(value) for value in fresh.values()]
+        for name, column in columns.items():
+            whole = whole and 0 <= saved["rows"] * row_bytes(column) <= (work / name).stat().st_size
+        if whole and saved["job"] == fresh["job"] and saved["read"] >= 0:
+            return saved
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass
+    others = "other images, weights or options, or is damaged"
+    raise UserError(f"{work} was begun with {others}: delete it or change --out")
+
+
 def job_fingerprint(backbone, images, options):
     """A hash of all that a job must share with a half-done one to resume it: weights, images and options."""
     about = (images.size, images.resize, images.fit, len(images), options)
@@ -82,7 +104,7 @@ def job_fingerprint(backbone, images, options):
         some = tensor.flatten()[:: max(tensor.numel() // 512, 1)]  # 512 numbers of each tensor are enough
         digest.update(name.encode() + some.float().cpu().numpy().tobytes())
     for i in images.indices:
-        digest.update(sample_name(images.dataset, i).encode())
+        digest.update(os.fsencode(sample_name(images.dataset, i)))
     return digest.hexdigest()
 
 
@@ -93,8 +115,8 @@ def append_rows(work, columns, progress, backbone, images, batch_size, num_worke
     images.keep = False  # each image is read only once
     with ExitStack() as stack, tqdm(total=len(images), initial=progress["read"], disable=None) as bar:
         files = {name: stack.enter_context(open(work / name, "ab")) for name in columns}
-        for name, (kind, shape) in columns.items():  # a torn batch is cut off and done again
-            files[name].truncate(progress["rows"] * kind.itemsize * math.prod(shape))
+        for name, column in columns.items():  # a torn batch is cut off and done again
+            files[name].truncate(progress["rows"] * row_bytes(column))
         last_save = time.monotonic()
         for pixels, labels, numbers in iterate_batches(images, batch_size, num_workers, progress["read"]):
             rows = dict(labels=labels, numbers=torch.tensor(numbers, dtype=torch.int64))
@@ -135,7 +157,8 @@ def write_npz(out, work, columns, progress, images):
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     npy.write_array_header_1_0(member, header)
                     shutil.copyfileobj(rows, member, 1 << 20)
-        for name, texts in (("paths", paths), ("bad", progress["bad"])):
+        classes = images.dataset.classes or []
+        for name, texts in (("paths", paths), ("classes", classes), ("bad", progress["bad"])):
             with archive.open(f"{name}.npy", "w") as member:
                 npy.write_array(member, np.array(texts, dtype=np.str_))
 
@@ -147,19 +170,22 @@ def parse_args():
     add("images", nargs="+", help="images, folders, .tar shards, .jsonl lists; or a URI such as scenes:1000")
     add_weights_args(parser)
     add("--out", type=Path, default="features.npz")
-    add("--size", type=int, default=0, help="side of the square input (default: the run's, or 224)")
+    add("--size", type=argument(OptionalPixels), default=0,
+        help="side of the square input (default: the run's, or 224)")  # fmt: skip
     add("--fit", choices=("crop", "resize", "pad"), default="crop", help="how an image becomes square: crop "
         "the centre, squeeze all of it, or keep its proportions and pad")  # fmt: skip
     add("--parts", default=",".join(PARTS), help="which tokens: some of cls,registers,patches")
     add("--dtype", choices=("float32", "float16"), default="float32")
-    add("--batch-size", type=int, default=64)
-    add("--workers", type=int, default=0, help="processes that decode images while the network runs")
+    add("--batch-size", type=argument(Count), default=64)
+    add("--workers", type=argument(Workers), default=0, help="processes that decode images meanwhile")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     parts = args.parts.split(",")
+    if args.out.suffix != ".npz":
+        raise UserError(f"--out {args.out}: it must end in .npz")
     if not set(parts) <= set(PARTS):
         raise UserError(f"--parts {args.parts}: choose from {', '.join(PARTS)}")
     backbone, cfg = open_backbone(args.weights, args.download)

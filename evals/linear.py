@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import config
-from config import UserError
+from config import Count, UserError, argument, parse_json
 from data import crop_and_resize, normalize, sample_crop_params, stable_hash
 from eval_knn import (
     add_eval_args,
-    apply_image_size,
+    apply_eval_args,
     keep_labelled,
     knn_accuracy,
     majority_accuracy,
@@ -49,7 +49,6 @@ from tools.weights import add_weights_args, open_backbone
 LEARNING_RATES = (  # for a batch of 256
     1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # fmt: skip
 SAVE_EVERY = 20  # seconds of training that a killed job may have to repeat
-MAX_CLASSES = 100_000  # a larger label is not the number of a class
 
 
 # ---------------------------------------------------------------- the features that a probe reads
@@ -195,11 +194,11 @@ def resume_probes(probes, file, job):
     device = next(iter(probes.values()))[0].device
     try:
         saved = torch.load(file, map_location=device, weights_only=True)
+        if saved["job"] == job:
+            return saved["grid"], saved["step"]
     except Exception:  # a damaged file may raise anything
-        saved = dict(job="damaged")
-    if saved["job"] != job:
-        raise UserError(f"{file} holds a half-trained probe of other images, weights or options: delete it")
-    return saved["grid"], saved["step"]
+        pass
+    raise UserError(f"{file} holds a half-trained probe of other images, weights or options: delete it")
 
 
 def train_probes(probes, slices, batches_from, iterations, batch_size, file, job):
@@ -253,22 +252,6 @@ def select_probe(probes, slices, features, labels):
     return best, number
 
 
-def count_classes(images, labels, test_labels):
-    """The number of classes C. Raises UserError if labels (n,) and test labels (m,) do not allow a probe."""
-    names = images.dataset.classes
-    classes = len(names) if names else int(labels.max()) + 1
-    largest = int(max(labels.max(), test_labels.max()))
-    if largest >= classes:
-        known = f"the training images have {classes} classes, 0 to {classes - 1}"
-        raise UserError(f"there is a label {largest}, but {known}")
-    if classes > MAX_CLASSES:
-        raise UserError(f"there is a label {largest}: number the classes from 0, {MAX_CLASSES:,} at most")
-    seen = len(labels.unique())
-    if len(labels) < 10 or seen < 2:
-        raise UserError(f"{len(labels)} training images of {seen} classes: it takes at least 10 of 2 classes")
-    return classes
-
-
 def fit_and_test(backbone, bank, queries, file, iterations, batch_size, augment=False, num_workers=0, k=20):
     """Train the grid on nine tenths of the bank, choose on the rest, test on the queries.
 
@@ -276,7 +259,10 @@ def fit_and_test(backbone, bank, queries, file, iterations, batch_size, augment=
     """
     features, labels, numbers = labelled_features(backbone, bank, num_workers=num_workers)
     test_features, test_labels, _ = labelled_features(backbone, queries, num_workers=num_workers)
-    classes = count_classes(bank, labels, test_labels)
+    seen = len(labels.unique())
+    if len(labels) < 10 or seen < 2:
+        raise UserError(f"{len(labels)} training images of {seen} classes: it takes at least 10 of 2 classes")
+    classes = len(bank.dataset.classes)
     slices = input_slices(backbone)
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     held_out = order[: len(features) // 10]
@@ -335,13 +321,28 @@ def read_linear_head(file, backbone):
     weight_shape = shapes.get("weight", [])
     if len(weight_shape) != 2 or shapes != dict(weight=weight_shape, bias=weight_shape[:1]):
         raise UserError(f"{file} is not a head of weight (C, d) and bias (C,): it holds {shapes}")
-    json_file = file.with_suffix(".json")
-    about = json.loads(json_file.read_text()) if json_file.is_file() else {}
+    about = read_about(file.with_suffix(".json"), weight_shape[0])
     columns = head_columns(file, backbone, about.get("input"), weight_shape[1])
     fingerprint = backbone_fingerprint(backbone)
     if about.get("backbone", fingerprint) != fingerprint:
-        raise UserError(f"{file} belongs to other weights, {about['weights']}: use those, or train anew")
+        raise UserError(f"{file} belongs to other weights, {about.get('weights')}: use those, or train anew")
     return head["weight"].float(), head["bias"].float(), columns, about
+
+
+def read_about(file, num_classes):
+    """The .json beside a head of so many classes, {} if there is none. UserError if it is of another kind."""
+    if not file.is_file():
+        return {}
+    try:
+        about = parse_json(file.read_bytes())
+        size, resize = about.get("pixels", (1, 1))
+        classes = about.get("classes") or [""] * num_classes
+        fits = len(classes) == num_classes and all(isinstance(name, str) for name in classes)
+        if fits and 1 <= size <= resize and isinstance(about.get("input", ""), str):
+            return about
+    except (ValueError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{file} does not describe a head of {num_classes} classes: delete it, or train anew")
 
 
 def head_columns(file, backbone, name, width):
@@ -379,26 +380,21 @@ def print_top_classes(backbone, images, weight, bias, columns, class_names):
         raise UserError("none of these images can be read")
 
 
-def head_accuracy(backbone, images, weight, bias, columns, class_names):
-    """Top-1 accuracy of a head on EvalImages. Raises UserError if its class c is not their label c."""
+def head_accuracy(backbone, images, weight, bias, columns):
+    """Top-1 accuracy of a head on EvalImages. Raises UserError if these have not as many classes."""
+    if len(images.dataset.classes) != len(bias):
+        count = len(images.dataset.classes)
+        raise UserError(f"the head has {len(bias)} classes, the test images {count}: not the same ones")
     features, labels, _ = labelled_features(backbone, images)
-    classes = len(bias)
-    largest = int(labels.max())
-    image_classes = images.dataset.classes
-    other_names = image_classes and class_names and image_classes != class_names
-    other_count = image_classes and len(image_classes) != classes
-    if largest >= classes or other_names or other_count:
-        count = len(image_classes or labels.unique())
-        theirs = f"the test images {count}, with labels up to {largest}"
-        raise UserError(f"the head has {classes} classes, {theirs}: they are not the same classes")
     return probe_accuracies(features[:, columns], labels, weight[None], bias[None])[0]
 
 
 def compare_with_untrained(args, backbone, cfg, out):
     """Train a head, write it, and print its accuracy beside k-NN, an untrained network and chance."""
-    bank, queries = open_eval_sets(cfg, args.train, args.test, args.limit)
+    bank, queries = open_eval_sets(cfg, args.limit)
     described = describe_backbone(backbone)
-    print(f"{args.weights}: {described}; {len(bank)} training images, {len(queries)} test images")
+    count = f"{len(bank)} training images, {len(queries)} test images"
+    print(f"{args.weights}: {described}; {count}, {bank.protocol}")
     out.mkdir(parents=True, exist_ok=True)
     options = dict(iterations=args.iterations, batch_size=args.batch_size, augment=args.augment,
                    num_workers=cfg.train.num_workers, k=cfg.evaluation.knn_k)  # fmt: skip
@@ -429,8 +425,9 @@ def parse_args():
     add = parser.add_argument
     add_weights_args(parser)
     add_eval_args(parser)
-    add("--iterations", type=int, default=2500, help="SGD steps (published: 12500)")
-    add("--batch-size", type=int, default=128, help="images per step (published: 128 on each of 8 GPUs)")
+    add("--iterations", type=argument(Count), default=2500, help="SGD steps (published: 12500)")
+    add("--batch-size", type=argument(Count), default=128,
+        help="images per step (published: 128 on each of 8 GPUs)")  # fmt: skip
     add("--augment", action="store_true", help="a fresh crop of each image in each epoch: slow, as published")
     add("--no-baseline", action="store_true", help="skip the untrained network")
     add("--out", type=Path, help="folder for head.pth (default: linear/ in the run, or here)")
@@ -451,18 +448,18 @@ def main():
         class_names = about.get("classes")
         if "pixels" in about:  # the size that it was trained at
             evaluation.image_size, evaluation.resize_size = about["pixels"]
-    apply_image_size(args, cfg)
+    apply_eval_args(args, cfg)
     if photos:
         size = config.evaluation_size(cfg)
         images = EvalImages(photos, size, evaluation.resize_size)
         print_top_classes(backbone, images, *head, class_names)
     elif args.head:
-        path = args.test or cfg.evaluation.test_path
+        path = cfg.evaluation.test_path
         if not path:
             raise UserError("no labelled images: give --test, or evaluation.test_path")
-        queries = open_labelled(cfg, path, args.limit)
-        accuracy = head_accuracy(backbone, queries, *head, class_names)
-        print(f"{args.head}: top-1 accuracy {accuracy:.3f} on {len(queries)} images")
+        queries = open_labelled(cfg, path, args.limit, class_names)
+        accuracy = head_accuracy(backbone, queries, *head)
+        print(f"{args.head}: top-1 accuracy {accuracy:.3f} on {len(queries)} images, {queries.protocol}")
     else:
         try:
             compare_with_untrained(args, backbone, cfg, out)

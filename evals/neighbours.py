@@ -12,12 +12,17 @@ from pathlib import Path
 from PIL import Image
 
 import config
-from config import UserError
-from eval_knn import add_eval_args, apply_image_size, has_label, open_eval_sets, print_predictions
+from config import Count, UserError, argument
+from eval_knn import (
+    add_eval_args,
+    apply_eval_args,
+    open_eval_sets,
+    print_header,
+    print_predictions,
+)
 from evals.plot import Plot
 from evals.tiles import contact_sheet, to_pil
-from model import describe_backbone
-from sources import open_images
+from sources import BadImage, open_images
 from tools.weights import add_weights_args, open_backbone
 
 SHOWN_NEIGHBOURS = 8
@@ -55,6 +60,11 @@ def square_tile(pixels):
     return to_pil(pixels).resize((SQUARE_SIDE, SQUARE_SIDE), Image.BICUBIC)
 
 
+def has_label(item):
+    """Whether an item of EvalImages is readable and labelled."""
+    return not isinstance(item, BadImage) and item[1] >= 0
+
+
 def draw_neighbours(bank, images, predicted, share, neighbours):
     """Each readable image, and beside it its nearest in the bank, with class and share of the votes.
 
@@ -73,7 +83,7 @@ def draw_neighbours(bank, images, predicted, share, neighbours):
             pixels, neighbour_label = bank[labelled[j]]
             tiles.append(square_tile(pixels))
             labels.append(neighbour_label)
-        texts = [str(names[label]) if names else str(label) for label in labels]
+        texts = [names[label] for label in labels]
         texts[0] += f" {votes:.0%}"
         rows.append(tiles)
         captions.append(texts)
@@ -88,14 +98,13 @@ def main():
     add_weights_args(parser)
     add_eval_args(parser)
     add("--out", type=Path, default="predictions", help="folder for the two pictures")
-    add("--k", type=int, default=20, help="how many neighbours vote")
+    add("--k", type=argument(Count), default=20, help="how many neighbours vote")
     args = parser.parse_args()
     photos = open_images(args.images)
     backbone, cfg = open_backbone(args.weights, args.download)
-    apply_image_size(args, cfg)
-    bank, queries = open_eval_sets(cfg, args.train, args.test, args.limit)
-    described = describe_backbone(backbone)
-    print(f"{args.weights}: {described}; {len(bank)} images in the bank, {len(queries)} queries")
+    apply_eval_args(args, cfg)
+    bank, queries = open_eval_sets(cfg, args.limit)
+    print_header(args.weights, backbone, bank, queries)
     found = print_predictions(backbone, bank, queries, photos, args.k)
     images, predicted, share, neighbours, (error, bins) = found
     out = args.out

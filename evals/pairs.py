@@ -15,24 +15,30 @@ from PIL import Image
 
 from config import UserError
 from features import load_image
-from sources import EXTENSIONS, MAX_PIXELS, PILLOW_FORMATS, BadImage, open_source
+from sources import EXTENSIONS, MAX_PIXELS, PILLOW_FORMATS, BadImage, open_regular, open_source
 
 
 def read_plane(path):
     """An .npy file or a grey or palette image -> array (h, w). Raises BadImage, whatever is wrong with it."""
     try:
-        if is_npy(path):
-            plane = np.load(path, allow_pickle=False)
-        else:
-            with Image.open(path, formats=PILLOW_FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width} x {image.height} pixels are too many")
-                plane = np.asarray(image)
+        with open_regular(path) as file:
+            if is_npy(path):
+                plane = np.load(file, allow_pickle=False)
+            else:
+                plane = read_pixels(file)
         if plane.ndim != 2 or plane.dtype.kind not in "buif":
             raise ValueError(f"an array {plane.shape} of {plane.dtype}, not one number per pixel")
         return plane
-    except (OSError, ValueError, SyntaxError, EOFError, AttributeError, Image.DecompressionBombError) as e:
+    except Exception as e:  # Pillow and NumPy may raise anything for a damaged file
         raise BadImage(path, repr(e)) from e
+
+
+def read_pixels(file):
+    """An open grey or palette image -> array (h, w)."""
+    with Image.open(file, formats=PILLOW_FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too many")
+        return np.asarray(image)
 
 
 def is_npy(path):
@@ -110,6 +116,10 @@ class Pairs:
 
     def __len__(self):
         return len(self.images)
+
+    def files(self):
+        """(data set, index) of each image."""
+        return [(self.images, i) for i in range(len(self))]
 
     def read_scene(self, i):
         image, _, mask, depth = self.images.scene(i)

@@ -23,7 +23,7 @@ from PIL import Image
 
 import checkpoint
 import config
-from config import UserError
+from config import Count, OptionalPixels, UserError, argument
 from evals.patch_maps import (
     first_component_iou,
     foreground_map,
@@ -370,9 +370,10 @@ def draw_registers(views, names):
 
 def add_photo_args(parser, count):
     """--size and --count, as here and in evals/explore.py."""
-    parser.add_argument("--size", type=int, default=0, help="short side of what the network sees, in pixels "
-                        "(default: twice the evaluation's, or the native one if larger)")  # fmt: skip
-    parser.add_argument("--count", type=int, default=count, help="how many images, evenly spread")
+    parser.add_argument("--size", type=argument(OptionalPixels), default=0, help="short side of what the "
+                        "network sees, in pixels (default: twice the evaluation's, or the native one if "
+                        "larger)")  # fmt: skip
+    parser.add_argument("--count", type=argument(Count), default=count, help="how many images, evenly spread")
 
 
 def parse_args():
@@ -396,8 +397,8 @@ def parse_args():
         raise UserError("registers compares two backbones: name the other with --against")
     args.out = args.out or Path(f"{args.what}.png")
     args.count = args.count or DEFAULT_COUNT[args.what]
-    if args.out.suffix.lower() != ".png" or min(args.size, args.count) < 0:
-        raise UserError("--out must end in .png, and --size and --count must be positive")
+    if args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: it must end in .png")
     return args
 
 

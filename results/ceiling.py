@@ -6,6 +6,7 @@ A self-supervised run has three numbers below it: chance, raw pixels, a random n
 `python -m tools.audit_scenes --audit` prints the baselines that need no network.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -48,7 +49,11 @@ def train_supervised(cfg, steps):
     return backbone, head, loss.item()
 
 
-def main(steps):
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("steps", nargs="?", type=config.argument(config.Count), default=600)
+    steps = parser.parse_args().steps
     cfg = config.load(model="laptop", overrides=[f"optim.epochs={steps / 100}", "crops.local_crops_number=0"])
     backbone, head, loss = train_supervised(cfg, steps)
     _, queries = open_eval_sets(cfg)
@@ -58,4 +63,4 @@ def main(steps):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 600)
+    config.run(main)

@@ -6,36 +6,46 @@ Writes every run's result.json with its seed, command, hardware and versions; pr
 number.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
-import yaml
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import config  # noqa: E402
 
 FACTS = ("cpu", "cpu_cores", "threads", "gpus", "python", "torch", "numpy", "pillow", "git_commit")
 
 
-def read_json(path):
-    return json.loads(path.read_text())
-
-
 def read_run(folder):
-    """The seed of a run, how it was made, and its result."""
-    environment = read_json(folder / "environment.json")
-    settings = yaml.safe_load((folder / "config.yaml").read_text())
-    arguments = environment["command"][1:]
-    run = dict(seed=settings["train"]["seed"], command=" ".join(["python", *arguments]))
-    for name in FACTS:
-        run[name] = environment[name]
-    run["result"] = read_json(folder / "result.json")
+    """The seed of a run, how it was made, and its result, {name: number}. Raises UserError."""
+    try:
+        environment = config.parse_json((folder / "environment.json").read_bytes())
+        arguments = environment["command"][1:]
+        seed = config.load(folder / "config.yaml").train.seed
+        run = dict(seed=seed, command=" ".join(["python", *arguments]))
+        for name in FACTS:
+            run[name] = environment[name]
+        result = config.parse_json((folder / "result.json").read_bytes())
+        run["result"] = {name: number + 0 for name, number in result.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise config.UserError(f"{folder} is not the folder of a finished run: {e!r}") from None
     return run
 
 
-def main(out, folders):
-    runs = [read_run(Path(folder)) for folder in folders]
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("out", help="the file of numbers")
+    parser.add_argument("folders", nargs="+", type=Path, help="the run folders")
+    args = parser.parse_args()
+    out = args.out
+    runs = [read_run(folder) for folder in args.folders]
     summary = {}
     for name in runs[0]["result"]:
-        values = [run["result"][name] for run in runs]
+        values = [run["result"].get(name) for run in runs]
+        if None in values:
+            raise config.UserError(f"{name} is missing in a result: collect runs of one command")
         mean = sum(values) / len(values)
         summary[name] = dict(mean=mean, min=min(values), max=max(values))
     text = json.dumps(dict(summary=summary, runs=runs), indent=1)
@@ -48,4 +58,4 @@ def main(out, folders):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    config.run(main)

@@ -30,6 +30,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import config
+from config import Count, Whole, argument
 from curation.balance import normalized_entropy
 from curation.dedup import hamming_pairs, near_duplicate_groups
 from curation.ingest import EXIF_ORIENTATION, dhash, measure, phash  # noqa: E402
@@ -597,7 +599,7 @@ def measure_memory(args):
     The first of all parts: Linux counts what the parent had before a child begins.
     """
     cells = {}
-    for count in map(int, args.pile.split(",")):
+    for count in args.pile:
         folder = Path(args.work).absolute() / f"small{count}"
         write_small_images(folder / "pile", count)
         shutil.rmtree(folder / "out", ignore_errors=True)
@@ -633,6 +635,8 @@ PARTS = {
 
 def speed(args):
     parts = args.parts.split(",")
+    if not set(parts) <= PARTS.keys():
+        raise config.UserError(f"--parts {args.parts}: choose from {', '.join(PARTS)}")
     tables = {}
     for part in parts:
         table = PARTS[part](args)
@@ -701,6 +705,11 @@ def write_json(file, tables):
     Path(file).write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
 
 
+def read_counts(text):
+    """'10000,100000' -> [10000, 100000]"""
+    return [argument(Count)(count) for count in text.split(",")]
+
+
 def parse_args():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -709,29 +718,29 @@ def parse_args():
     command = commands.add_parser("truth")
     command.set_defaults(command=truth)
     command.add_argument("work", help="a folder for the pile; what was rendered there is used again")
-    command.add_argument("--images", type=int, default=20_000)
-    command.add_argument("--seed", type=int, default=1)
+    command.add_argument("--images", type=argument(Count), default=20_000)
+    command.add_argument("--seed", type=argument(Whole), default=1)
     command.add_argument("--photos", default="", help="a data URI of photos that join the pile")
     command.add_argument("--video", default="", help="a data URI of frames, which have natural duplicates")
     command.add_argument("--weights", default="", help="a backbone: features and content are scored too")
     command.add_argument("--sweep", default="", help="a setting and its values: section.key=a,b,c")
-    command.add_argument("--workers", type=int, default=1)
+    command.add_argument("--workers", type=argument(Count), default=1)
     command.add_argument("--json", default="")
 
     command = commands.add_parser("speed")
     command.set_defaults(command=speed)
     command.add_argument("--parts", default=",".join(PARTS))
-    command.add_argument("--files", type=int, default=60, help="JPEGs that are scored")
-    command.add_argument("--hashes", type=int, default=1_000_000)
-    command.add_argument("--vectors", type=int, default=200_000)
-    command.add_argument("--centroids", type=int, default=1000)
-    command.add_argument("--pile", default="10000,100000", help="images of the piles for memory")
+    command.add_argument("--files", type=argument(Count), default=60, help="JPEGs that are scored")
+    command.add_argument("--hashes", type=argument(Count), default=1_000_000)
+    command.add_argument("--vectors", type=argument(Count), default=200_000)
+    command.add_argument("--centroids", type=argument(Count), default=1000)
+    command.add_argument("--pile", type=read_counts, default="10000,100000", help="images of the piles")
     command.add_argument("--work", default="runs/curation", help="a folder for them")
     command.add_argument("--json", default="")
 
     command = commands.add_parser("near")
     command.set_defaults(command=near)
-    command.add_argument("--images", type=int, default=2500)
+    command.add_argument("--images", type=argument(Count), default=2500)
 
     args, settings = parser.parse_known_args()
     wrong = [text for text in settings if "=" not in text or text.startswith("-")]
@@ -749,4 +758,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

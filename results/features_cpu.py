@@ -7,6 +7,7 @@ from JPEG files of 500 x 375 into an .npz, in turn. The second is the peak memor
 1,000 and for 10,000 scenes (a small network, all tokens kept).
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import config  # noqa: E402
 from data import normalize  # noqa: E402
 from evals.extract import extract_to_npz  # noqa: E402
 from features import EvalImages, iterate_batches, open_backbone  # noqa: E402
@@ -86,8 +88,14 @@ def measure_memory(folder):
         print(f"{num_images:6d} images    peak {peak:5.0f} MiB, {written:4.0f} MiB written")
 
 
-if __name__ == "__main__":
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=form).parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as scratch:
         measure_speed(Path(scratch))
         measure_memory(Path(scratch))
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -50,7 +50,7 @@ import torch  # noqa: E402
 import config  # noqa: E402
 import distributed as dist  # noqa: E402
 import train  # noqa: E402
-from config import UserError  # noqa: E402
+from config import Positive, UserError, argument  # noqa: E402
 from optim import compute_schedules  # noqa: E402
 from runfolder import StepProfile  # noqa: E402
 from tools import bench, bench_kernels  # noqa: E402
@@ -253,9 +253,9 @@ def train_cifar10(source, write_row):
 def cifar_folder(source, temporary):
     """-> the folder that holds train/ and test/, unpacked if it is an archive. Dry: a few drawings."""
     if DRY:
-        for name, images in (("train/a", 8), ("train/b", 8), ("test/a", 2), ("test/b", 2)):
+        for seed, name in enumerate(("train/a", "train/b", "test/a", "test/b")):
             (temporary / name).mkdir(parents=True)
-            bench.write_jpegs(temporary / name, images)
+            bench.write_jpegs(temporary / name, 8, seed)
         return temporary
     if Path(source).is_dir():
         root = Path(source)
@@ -351,11 +351,7 @@ def read_rows(files):
     rows = []
     for file in files:
         machine = {}
-        for line in Path(file).read_text().splitlines() if Path(file).exists() else ():
-            try:
-                row = json.loads(line)
-            except ValueError:  # torn, when its part was stopped
-                continue
+        for row in bench_kernels.read_rows(file):
             if "gpus" in row:
                 machine = row
             rows.append(row | dict(machine=machine))
@@ -566,7 +562,7 @@ def parse_args(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--budget", type=float, default=540, help="seconds in all")
+    add("--budget", type=argument(Positive), default=540, help="seconds in all")
     add("--out", default="runs/gpu", help="the folder of gpu.jsonl, gpu.log and gpu.tar.gz")
     add("--only", default="", help="parts, with commas")
     add("--skip", default="", help="parts, with commas")

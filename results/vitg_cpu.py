@@ -7,6 +7,7 @@ blocks in bf16; forward and backward pass in fp32, at full width, through a few 
 head of 131,072 prototypes included. Each in a process of its own, so that peak memory is its own.
 """
 
+import argparse
 import os
 import resource
 import subprocess
@@ -22,6 +23,8 @@ import model  # noqa: E402
 import train  # noqa: E402
 from optim import compute_schedules  # noqa: E402
 from tools.plan import count_parameters  # noqa: E402
+
+TASKS = ("count", "forward", "backward")
 
 
 def meta_model(cfg):
@@ -78,15 +81,20 @@ def run_task(task, blocks):
     print(f"{line}; {time.monotonic() - began:.0f} s, peak {peak:.1f} GiB", flush=True)
 
 
-def main(blocks):
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("blocks", nargs="?", type=config.argument(config.Count), default=4)
+    parser.add_argument("--task", choices=TASKS, help="one of the three, in this process")
+    args = parser.parse_args()
+    if args.task:
+        run_task(args.task, args.blocks)
+        return
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {threads} threads, {os.cpu_count()} cores", flush=True)
-    for task in ("count", "forward", "backward"):
-        subprocess.run([sys.executable, __file__, "--task", task, str(blocks)], check=True)
+    for task in TASKS:
+        subprocess.run([sys.executable, __file__, "--task", task, str(args.blocks)], check=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--task"]:
-        run_task(sys.argv[2], int(sys.argv[3]))
-    else:
-        main(int(sys.argv[1]) if len(sys.argv) > 1 else 4)
+    config.run(main)

@@ -163,7 +163,7 @@ def make_color_sets(folder):
         for kind, color in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
             (folder / split / kind).mkdir(parents=True)
             for i in range(6):
-                shade = tuple(channel + 4 * i for channel in color)
+                shade = tuple(channel + 4 * i + 2 * (split == "test") for channel in color)
                 Image.new("RGB", (40, 30), shade).save(folder / split / kind / f"{i}.png")
     (folder / "train" / "red" / "0.png").write_bytes(b"broken")
     Image.new("RGB", (33, 60), (35, 33, 210)).save(folder / "new.png")

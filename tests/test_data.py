@@ -19,6 +19,7 @@ from PIL import Image
 
 import config
 import data
+import sources
 from config import UserError
 from data import MultiCropDataset, make_loader, permuted_index
 from sources import BadImage, decode_image, open_source, to_tensor
@@ -113,6 +114,8 @@ def test_published_imagenet_uri(tmp_path):
     dataset = open_source(f"ImageNet:split=TRAIN:root={tmp_path}:extra=/elsewhere")
     assert len(dataset) == 1
     assert dataset.classes == ["n01"]
+    larger = open_source(f"ImageNet22k:root={tmp_path}/train:extra=/elsewhere")  # this one has no splits
+    assert larger.classes == ["n01"]
 
 
 def test_scenes_uri():
@@ -150,10 +153,11 @@ def test_tar_shards(tmp_path):
     dataset = open_source(f"tar:{tmp_path}/s-{{008..010}}.tar")
     for i in (3, 1, 0, 2):
         image, label = dataset[i]
-        assert label == [7, 3, -1, -1][i]
+        assert label == [1, 0, -1, -1][i]
         assert image.getpixel((0, 0)) == colours[i]
     assert dataset.name(0).endswith("s-008.tar::a/0.png")
-    assert dataset.dropped == 0
+    assert dataset.classes == ["3", "7"]
+    assert dataset.dropped == []
     with pytest.raises(UserError, match="s-007"):
         open_source(f"tar:{tmp_path}/s-{{007..010}}.tar")
 
@@ -187,8 +191,11 @@ def test_hostile_tar(tmp_path, capsys):
         image, label = dataset[i]
         assert image.getpixel((0, 0)) == RED
         assert label == -1
-    assert dataset.dropped == 2
-    assert "2 of 6 samples" in capsys.readouterr().err
+    assert [entry.name.partition("::")[2] for entry in dataset.dropped] == ["label_only", "last"]
+    warnings = capsys.readouterr().err
+    assert "2 of 6 samples" in warnings
+    assert "'odd.json': Expecting property name" in warnings
+    assert "(and 2 more)" in warnings  # last.png is cut off, and so the shard has no end
     assert os.listdir(tmp_path) == ["only"]
     assert os.listdir(folder) == ["t.tar"]
 
@@ -207,16 +214,220 @@ def test_manifest(tmp_path):
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     dataset = open_source(f"list:{tmp_path}/m.jsonl")
     assert len(dataset) == 3
-    assert dataset.dropped == 1
-    assert dataset.classes == ["cat"]
-    for i, (colour, label) in enumerate([(RED, 0), ((1, 2, 3), 5)]):
+    assert len(dataset.dropped) == 1
+    assert dataset.classes == ["5", "cat"]
+    for i, (colour, label) in enumerate([(RED, 1), ((1, 2, 3), 0)]):
         assert dataset[i][0].getpixel((0, 0)) == colour
         assert dataset[i][1] == label
     with pytest.raises(BadImage, match=r"gone\.png"):
         dataset[2]
 
 
+def labels_of(uri):
+    """The class of each image of a source, by name."""
+    dataset = open_source(uri)
+    return [dataset.classes[label] if label >= 0 else None for label in dataset.labels.tolist()]
+
+
+def write_tar_of_labels(path, labels, extension, write=str.encode):
+    """A shard of equal images, each with its label in a file of that extension."""
+    members = []
+    for number, label in enumerate(labels):
+        members.append((f"{number:02d}.png", encode(flat_image())))
+        members.append((f"{number:02d}.{extension}", write(label) + b"\n"))
+    write_tar(path, members)
+
+
+def test_a_label_is_the_same_text_from_everywhere(tmp_path):
+    """Folder 0/, a file that says 0, the number 0 and the text "0" in JSON: one class, and never a number."""
+    names = ["0", "1", "007", "10", "1.5", "true", "null", "NaN", "-1", "cat", "dog", "caf\udce9"]
+    names.sort()
+    for name in names:
+        folder = tmp_path / "folder" / os.fsencode(name).decode("utf-8", "surrogateescape")
+        folder.mkdir(parents=True)
+        (folder / "x.png").write_bytes(encode(flat_image()))
+    rows = [{"path": f"folder/{name}/x.png", "label": name} for name in names]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_tar_of_labels(tmp_path / "cls.tar", names, "cls", os.fsencode)
+    objects = [json.dumps({"label": name}) for name in names]
+    write_tar_of_labels(tmp_path / "json.tar", objects, "json")
+    for uri in ("folder:{}/folder", "list:{}/m.jsonl", "tar:{}/cls.tar", "tar:{}/json.tar"):
+        assert open_source(uri.format(tmp_path)).classes == names, uri
+        assert sorted(labels_of(uri.format(tmp_path))) == names, uri
+
+
+def test_numbers_of_json_are_text(tmp_path, capsys):
+    values = [3, "3", 10, 1.5, True, 10**30, "cat", None, ""]
+    rows = [{"path": f"{i}.png", "label": value} for i, value in enumerate(values)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expected = ["3", "3", "10", "1.5", "true", "1" + 30 * "0", "cat", None, None]
+    assert labels_of(f"list:{tmp_path}/m.jsonl") == expected
+    write_tar_of_labels(tmp_path / "t.tar", values, "json", lambda value: json.dumps(value).encode())
+    assert labels_of(f"tar:{tmp_path}/t.tar") == expected
+    assert not capsys.readouterr().err
+    write_tar_of_labels(tmp_path / "n.tar", ["10", "9", "0"], "cls")
+    assert open_source(f"tar:{tmp_path}/n.tar").classes == ["0", "9", "10"]
+
+
+NO_LABELS = [b'{"label": [1, 2]}', b'{"label": NaN}', b'{"label": "\\ud800"}', b'{"label": ' + b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content", NO_LABELS, ids=["a list", "NaN", "half a pair", "brackets"])
+def test_what_is_no_label_is_told(tmp_path, capsys, content):
+    good = [("a.png", encode(flat_image())), ("a.cls", b"cat")]
+    write_tar(tmp_path / "t.tar", [*good, ("b.png", encode(flat_image())), ("b.json", content)])
+    assert labels_of(f"tar:{tmp_path}/t.tar") == ["cat", None]
+    assert "'b.json': " in capsys.readouterr().err
+    (tmp_path / "m.jsonl").write_bytes(b'{"path": "a.png"}\n{"path": "b.png", ' + content[1:])
+    with pytest.raises(UserError, match="m.jsonl line 2") as error:
+        open_source(f"list:{tmp_path}/m.jsonl")
+    assert len(str(error.value)) < 400
+
+
+def test_a_damaged_header_costs_one_member(tmp_path, capsys):
+    write_tar(tmp_path / "t.tar", [(f"{i}.png", encode(noise_image(20 + i))) for i in range(12)])
+    content = bytearray((tmp_path / "t.tar").read_bytes())
+    header = content.index(b"2.png")
+    content[header] ^= 1
+    (tmp_path / "t.tar").write_bytes(content)
+    dataset = open_source(f"tar:{tmp_path}/t.tar")
+    names = [dataset.name(i).partition("::")[2] for i in range(len(dataset))]
+    assert names == [f"{i}.png" for i in range(12) if i != 2]
+    assert all(dataset[i][0].size == (20 + int(name[:-4]),) * 2 for i, name in enumerate(names))
+    assert f"t.tar is damaged: the header at byte {header:,} is damaged" in capsys.readouterr().err
+
+
+def test_a_shard_cut_between_two_members_is_told(tmp_path, capsys):
+    write_tar(tmp_path / "t.tar", [(f"{i}.png", encode(flat_image())) for i in range(4)])
+    content = (tmp_path / "t.tar").read_bytes()
+    assert len(open_source(f"tar:{tmp_path}/t.tar")) == 4
+    assert not capsys.readouterr().err
+    (tmp_path / "t.tar").write_bytes(content[: content.index(b"2.png")])
+    assert len(open_source(f"tar:{tmp_path}/t.tar")) == 2
+    assert "it has no end" in capsys.readouterr().err
+
+
+def test_two_archives_in_one_file_are_both_read(tmp_path):
+    """As `cat a.tar b.tar` makes them."""
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.png", encode(flat_image()))])
+    both = (tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "both.tar").write_bytes(both)
+    assert len(open_source(f"tar:{tmp_path}/both.tar")) == 2
+
+
+def forged_header(name, size, kind=tarfile.REGTYPE):
+    """512 bytes with a true checksum around a size that may be a lie."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    header[156:157] = kind
+    header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    return bytes(header)
+
+
+HOSTILE_HEADERS = {
+    "size -1": forged_header("x.png", -1),
+    "size -2048": forged_header("x.png", -2048),
+    "a sparse file": forged_header("x.png", 0, tarfile.GNUTYPE_SPARSE),
+    "a name of -512 bytes": forged_header("x", -512, tarfile.GNUTYPE_LONGNAME),
+    "a name of 2 ^ 60 bytes": forged_header("x", 2**60, tarfile.GNUTYPE_LONGNAME),
+    "an extension of 2 ^ 70 bytes": forged_header("x", 2**70, tarfile.XHDTYPE),
+    "a name of a name": forged_header("x", 0, tarfile.GNUTYPE_LONGNAME) * 3000,
+    "a name with 0": forged_header("x", 512, tarfile.XHDTYPE) + b"22 path=a\0b.png".ljust(512, b"\n"),
+}
+
+
+@pytest.mark.parametrize("header", HOSTILE_HEADERS.values(), ids=HOSTILE_HEADERS)
+def test_a_hostile_header_costs_itself_alone(tmp_path, capsys, header):
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.png", encode(flat_image()))])
+    first = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "t.tar").write_bytes(first[:1024] + header + (tmp_path / "b.tar").read_bytes())
+    dataset = open_source(f"tar:{tmp_path}/t.tar")
+    assert dataset.name(0).endswith("::a.png")
+    assert all(dataset[i][0].size == (20, 16) for i in range(len(dataset)))
+    assert "t.tar is damaged: " in capsys.readouterr().err
+
+
+def test_a_member_that_claims_more_than_there_is(tmp_path, capsys):
+    write_tar(tmp_path / "a.tar", [("a.png", encode(flat_image()))])
+    first = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "t.tar").write_bytes(first[:1024] + forged_header("x.png", 2**80) + bytes(1024))
+    assert len(open_source(f"tar:{tmp_path}/t.tar")) == 1
+    assert "'x.png': cut off" in capsys.readouterr().err
+
+
+def test_one_hostile_shard_costs_its_own_lines_of_a_manifest(tmp_path, capsys):
+    write_tar(tmp_path / "good.tar", [("a.png", encode(flat_image()))])
+    (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
+    rows = [{"shard": "bad.tar", "key": "a"}, {"shard": "good.tar", "key": "a"}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dataset = open_source(f"list:{tmp_path}/m.jsonl")
+    assert len(dataset) == len(dataset.dropped) == 1
+    assert "bad.tar" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["a\0b.png", "\ud800.png", "x" * 5000], ids=["0", "half a pair", "long"])
+def test_what_cannot_be_a_path_is_one_sentence(tmp_path, path):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"path": path}))
+    with pytest.raises(UserError, match="m.jsonl line 1"):
+        open_source(f"list:{tmp_path}/m.jsonl")
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(encode(flat_image()))
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(open_source(f"folder:{tmp_path}")) == 1
+    assert "closed is left out: Permission denied" in capsys.readouterr().err
+
+
 # ---- decoding --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_what_is_no_regular_file_is_a_bad_image(tmp_path):
+    """Reading a pipe or a device would never end, a sparse file of 100 GB would fill the memory."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with open(tmp_path / "sparse.jpg", "wb") as file:
+        file.truncate(100 << 30)
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "folder.jpg").symlink_to(tmp_path)
+    dataset = sources.open_images([str(tmp_path)])
+    reasons = {"pipe": "no regular file", "sparse": "107,374,182,400 bytes", "zero": "no regular file"}
+    for i in range(len(dataset)):
+        with pytest.raises(BadImage, match=reasons[os.path.basename(dataset.name(i))[:-4]]):
+            dataset[i]
+    assert len(dataset) == 3
+    for uri in ("tar:{}/pipe.jpg", "list:{}/pipe.jpg", "tar:/dev/zero", "list:/dev/zero"):
+        with pytest.raises(UserError, match="no regular file"):
+            open_source(uri.format(tmp_path))
+    with pytest.raises(UserError, match="holds no images"):
+        open_source(f"tar:{tmp_path}/sparse.jpg")
+    with pytest.raises(UserError, match="line 1"):
+        open_source(f"list:{tmp_path}/sparse.jpg")
+
+
+def test_a_shard_that_is_gone_is_a_bad_image(tmp_path):
+    write_tar(tmp_path / "t.tar", [("a.png", encode(flat_image()))])
+    dataset = open_source(f"tar:{tmp_path}/t.tar")
+    (tmp_path / "t.tar").unlink()
+    with pytest.raises(BadImage, match=r"t\.tar::a\.png.*No such file"):
+        dataset[0]
+
+
+def test_pixels_that_are_no_numbers_are_no_picture():
+    pixels = np.full((8, 8), np.nan, np.float32)
+    with pytest.raises(BadImage, match="NaN"):
+        decode_image(encode(Image.fromarray(pixels), "TIFF"), "x.tif")
 
 
 def first_pixel(image, kind="PNG", **options):

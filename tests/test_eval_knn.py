@@ -1,14 +1,35 @@
 """Weighted k-NN against the authors' (tests/golden), and the command."""
 
+import io
+import shutil
 import sys
+import tarfile
 
 import pytest
 import torch
-from helpers import assert_close, check_printed_predictions, load_golden, make_color_sets
+from helpers import (
+    assert_close,
+    check_printed_predictions,
+    load_golden,
+    make_color_sets,
+    write_flat_images,
+    write_noise_images,
+)
+from PIL import Image
 
+import config
 import eval_knn
 from config import UserError
-from eval_knn import calibration, knn_accuracy, knn_predict, knn_scores, majority_accuracy
+from eval_knn import (
+    KNNEvaluator,
+    calibration,
+    knn_accuracy,
+    knn_pixels,
+    knn_predict,
+    knn_scores,
+    majority_accuracy,
+    open_eval_sets,
+)
 
 KS = (5, 10, 20, 100)
 BANK = torch.eye(4).repeat(3, 1)  # three times each of four directions,
@@ -73,3 +94,154 @@ def test_predict_names_class_and_share(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*argv, photos[1]])
     with pytest.raises(UserError, match="none of these images can be read"):
         eval_knn.main()
+
+
+# ---------------------------------------------------------------- which images: classes, copies, a split
+
+
+def eval_sets(train, test="", *overrides, limit=0):
+    paths = [f"evaluation.train_path={train}", f"evaluation.test_path={test}"]
+    return open_eval_sets(config.load(model="debug", overrides=[*paths, *overrides]), limit)
+
+
+def names_of(images):
+    return [images.dataset.name(i) for i in images.indices]
+
+
+def class_names_of(images):
+    return [images.dataset.classes[images[i][1]] for i in range(len(images))]
+
+
+def write_classes(folder, names, count=4, shade=0):
+    """Folders of differing images: a white stripe on dark red; its place tells the class."""
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            image = Image.new("RGB", (32, 32), (2 * i + shade, 0, 0))
+            image.paste("white", (0, 2 * number, 32, 2 * number + 2))
+            image.save(folder / name / f"{i}.png")
+    return f"folder:{folder}"
+
+
+def test_the_two_sides_are_compared_by_name(tmp_path):
+    """Folders 1 to 12 and a tar whose .cls hold 1 to 12, in another order: the same classes."""
+    names = [str(number) for number in range(1, 13)]
+    train = write_classes(tmp_path / "train", names)
+    write_classes(tmp_path / "test", names, shade=5)
+    with tarfile.open(tmp_path / "test.tar", "w") as tar:
+        for name in reversed(names):
+            for extension, content in ((".png", (tmp_path / "test" / name / "0.png").read_bytes()),
+                                       (".cls", name.encode())):  # fmt: skip
+                member = tarfile.TarInfo(name + extension)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    bank, queries = eval_sets(train, f"tar:{tmp_path}/test.tar")
+    assert class_names_of(queries) == names[::-1]
+    assert knn_pixels(bank, queries, ks=(1,)) == {1: 1.0}
+
+
+def test_queries_may_lack_classes_and_may_not_have_more(tmp_path):
+    train = write_classes(tmp_path / "train", ["ant", "bee", "cat"])
+    few = write_classes(tmp_path / "few", ["bee", "cat"], shade=5)
+    bank, queries = eval_sets(train, few)
+    assert class_names_of(queries) == 4 * ["bee"] + 4 * ["cat"]
+    assert queries.dataset.classes == bank.dataset.classes
+    with pytest.raises(UserError, match="train has classes that are unknown, ant"):
+        eval_sets(few, train)
+    with pytest.raises(UserError, match="compared by name"):
+        eval_sets(train, "scenes:20")
+
+
+def test_the_same_images_on_both_sides_are_refused(tmp_path):
+    train = write_classes(tmp_path / "train", ["a", "b"])
+    with pytest.raises(UserError, match="8 of 8 test images are training images too.*--train alone"):
+        eval_sets(train, train)
+    shutil.copytree(tmp_path / "train", tmp_path / "copy")
+    with pytest.raises(UserError, match="8 of 8"):
+        eval_sets(train, f"folder:{tmp_path}/copy")
+    with pytest.raises(UserError, match="20 of 20 test images.*scene 0 of seed 3"):
+        eval_sets("scenes:50:seed=3", "scenes:20:seed=3")
+    eval_sets("scenes:50:seed=3", "scenes:20:seed=4")
+
+
+def test_what_cannot_be_read_is_no_copy(tmp_path):
+    train = write_classes(tmp_path / "train", ["a", "b"])
+    test = write_classes(tmp_path / "test", ["a", "b"], shade=5)
+    for name in ("train", "test"):
+        (tmp_path / name / "a" / "empty.png").touch()
+    eval_sets(train, test)
+
+
+def test_one_copy_in_hundreds_is_a_note(tmp_path, capsys):
+    write_noise_images(tmp_path / "train", 3)
+    train = tmp_path / "train" / "noise"
+    train.mkdir()
+    for file in (tmp_path / "train").glob("*.png"):
+        file.rename(train / file.name)
+    test = tmp_path / "test" / "noise"
+    write_flat_images(test, 120)
+    for i, file in enumerate(test.iterdir()):
+        file.write_bytes(file.read_bytes() + bytes([i]))  # all differ
+    shutil.copy(train / "0.png", test / "copy.png")
+    eval_sets(f"folder:{tmp_path}/train", f"folder:{tmp_path}/test")
+    assert "1 of 121 test images are training images too" in capsys.readouterr().err
+
+
+def test_one_folder_is_split_by_class(tmp_path, capsys):
+    uri = write_classes(tmp_path / "all", ["a", "b"], count=8)
+    write_classes(tmp_path / "all", ["single"], count=1, shade=3)
+    for i in range(5):
+        shutil.copy(tmp_path / "all" / "a" / "0.png", tmp_path / "all" / "b" / f"copy{i}.png")
+    bank, queries = eval_sets(uri)
+    assert "0.25 of each class are queries; 5 copies of others are left out" in capsys.readouterr().out
+    assert sorted(class_names_of(queries)) == ["a", "a", "b", "b"]
+    assert sorted(class_names_of(bank)) == 6 * ["a"] + 6 * ["b"] + ["single"]
+    assert len({*names_of(bank), *names_of(queries)}) == 17
+    again = eval_sets(uri)
+    assert [names_of(images) for images in again] == [names_of(bank), names_of(queries)]
+    others = eval_sets(uri, "", "evaluation.split_seed=1")
+    assert names_of(others[1]) != names_of(queries)
+    bank, queries = eval_sets(uri, "", "evaluation.split=0.5", limit=4)
+    assert len(bank) == len(queries) == 4
+    with pytest.raises(UserError, match="no class has two different images"):
+        eval_sets(write_classes(tmp_path / "none", ["a", "b"], count=1))
+
+
+def test_scenes_are_split_too():
+    bank, queries = eval_sets("scenes:40:seed=3")
+    assert len(bank) + len(queries) == 40
+    assert set(class_names_of(queries)) <= set(class_names_of(bank))
+
+
+def test_a_run_with_one_labelled_folder_evaluates_on_its_split(tmp_path):
+    uri = write_classes(tmp_path / "all", ["a", "b"], count=8)
+    options = [f"evaluation.train_path={uri}", "evaluation.test_path=", "evaluation.online_limit=2"]
+    evaluator = KNNEvaluator(config.load(model="debug", overrides=options))
+    assert [len(images) for images in evaluator.sets] == [12, 4]
+    assert [len(images) for images in evaluator.online_sets] == [2, 2]
+
+
+def test_train_alone_is_split_by_the_command(tmp_path, monkeypatch, capsys):
+    """And not compared with the scenes of the run; the header says what the network sees."""
+    args, _ = make_color_sets(tmp_path)
+    weights = args[:2]
+    train = ["--train", f"folder:{tmp_path}/test"]
+    monkeypatch.setattr(sys, "argv", ["eval_knn.py", *weights, *train, "--image-size", "32"])
+    eval_knn.main()
+    printed = capsys.readouterr().out
+    assert "8 images in the bank, 4 queries, 32 pixels out of 32" in printed
+    assert "this backbone           1.000" in printed
+    both = ["--test", f"folder:{tmp_path}/train", "--split", "0.5"]
+    monkeypatch.setattr(sys, "argv", ["eval_knn.py", *weights, *train, *both])
+    with pytest.raises(UserError, match="give --split or --test"):
+        eval_knn.main()
+
+
+@pytest.mark.parametrize(
+    "argument", ["--k=0", "--k=-1", "--image-size=-8", "--limit=-1", "--split=2", "--k=x"]
+)
+def test_numbers_out_of_range_are_one_sentence(monkeypatch, capsys, argument):
+    monkeypatch.setattr(sys, "argv", ["eval_knn.py", argument])
+    with pytest.raises(SystemExit):
+        eval_knn.main()
+    assert "must be a" in capsys.readouterr().err.splitlines()[-1]

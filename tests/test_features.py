@@ -22,7 +22,7 @@ from features import (
 )
 from model import Tokens
 from scenes import Scenes
-from sources import BadImage, open_images, open_source
+from sources import BadImage, open_images, open_source, to_tensor
 
 # ---------------------------------------------------------------- images
 
@@ -30,6 +30,31 @@ from sources import BadImage, open_images, open_source
 @pytest.mark.parametrize("size", [(40, 30), (30, 40), (500, 31), (32, 32), (1, 300)])
 def test_preprocess_gives_a_square_of_the_middle(size):
     assert preprocess(Image.new("RGB", size), 28, 32).shape == (3, 28, 28)
+
+
+TORCHVISION = {  # size, protocol: size after torchvision 0.29's Resize, left and top of its CenterCrop
+    ((640, 427), (256, 224)): ((383, 256), (80, 16)),
+    ((427, 640), (256, 224)): ((256, 383), (16, 80)),
+    ((500, 334), (256, 224)): ((383, 256), (80, 16)),
+    ((1024, 683), (256, 224)): ((383, 256), (80, 16)),
+    ((500, 375), (224, 224)): ((298, 224), (37, 0)),
+    ((300, 257), (256, 224)): ((298, 256), (37, 16)),
+    ((256, 301), (256, 224)): ((256, 301), (16, 38)),
+}
+
+
+@pytest.mark.parametrize("size, protocol", TORCHVISION)
+def test_preprocess_is_torchvisions_to_the_pixel(size, protocol):
+    resized, (left, top) = TORCHVISION[size, protocol]
+    image = Image.effect_noise(size, 90).convert("RGB")
+    expected = image.resize(resized, Image.BICUBIC).crop((left, top, left + 224, top + 224))
+    resize_size, crop_size = protocol
+    assert torch.equal(preprocess(image, crop_size, resize_size), to_tensor(expected))
+
+
+def test_the_protocol_is_in_words():
+    assert EvalImages(Scenes(1), 224, 256).protocol == "224 pixels out of 256"
+    assert EvalImages(Scenes(1), 224).protocol == "224 pixels out of 224"
 
 
 @pytest.mark.parametrize("fit", ["crop", "resize", "pad"])
@@ -88,7 +113,7 @@ def test_photos_of_the_command_line(tmp_path):
     assert names == ["/one.png", "/a/0.png", "/a/1.png", "/a/2.png"]
     assert len(open_images(["scenes:5"])) == 5
     assert len(open_images([f"folder:{tmp_path}"])) == 4
-    with pytest.raises(UserError, match="two.png does not exist"):
+    with pytest.raises(UserError, match="two.png"):
         open_images([str(tmp_path / "two.png")])
     with pytest.raises(UserError, match="scenes:10000"):
         open_images(["scnes:5"])
@@ -178,18 +203,17 @@ def test_evaluation_sets_need_labels_and_the_same_classes(tmp_path):
     cats_and_dogs = f"folder:{tmp_path / 'x'}"
     with pytest.raises(UserError, match="flat has no labels"):
         eval_sets(unlabelled, unlabelled)
-    with pytest.raises(UserError, match="dog, emu"):
+    with pytest.raises(UserError, match="y has classes that are unknown, emu: they are compared by name"):
         eval_sets(cats_and_dogs, f"folder:{tmp_path / 'y'}")
     with pytest.raises(UserError, match="evaluation.train_path"):
         eval_sets("", "")
-    bank, _ = eval_sets(cats_and_dogs, cats_and_dogs)
-    assert len(bank) == 4
 
 
 def test_pixels_find_what_pixels_can_find(tmp_path):
     write_flat_images(tmp_path / "a", 6, green=0)
     write_flat_images(tmp_path / "b", 6, green=200)
-    bank, queries = eval_sets(f"folder:{tmp_path}", f"folder:{tmp_path}")
+    bank, queries = eval_sets(f"folder:{tmp_path}", "")
+    assert len(bank) == 8
     assert knn_pixels(bank, queries, ks=(1,)) == {1: 1.0}
 
 

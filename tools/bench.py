@@ -39,7 +39,7 @@ from PIL import Image
 import config
 import distributed as dist
 import model
-from config import UserError
+from config import Count, Number, UserError, argument, parse_json
 from data import make_loader, sample_masks
 from kernels import attention, prototypes
 from optim import compute_schedules
@@ -127,9 +127,9 @@ def noise_batches(cfg, device):
         yield batch
 
 
-def write_jpegs(folder, number):
+def write_jpegs(folder, number, seed=0):
     """JPEG files of 500 x 375 and 100 KB, as ImageNet's: enlarged scenes, with grain for the decoder."""
-    scenes = Scenes(number, size=64)
+    scenes = Scenes(number, seed, size=64)
     rng = np.random.default_rng(0)
     for i in range(number):
         enlarged = np.asarray(scenes[i][0].resize((500, 375), Image.BICUBIC))
@@ -338,13 +338,18 @@ def rows_to_measure(args, settings, tflops):
 
 def rows_measured_before(path, machine):
     """For --resume: the rows of `path` that have numbers, if this commit and this GPU measured them."""
-    if not path.exists():
+    if not path.is_file():
         return []
-    found = json.loads(path.read_text())
-    for key in ("git_commit", "gpus", "torch"):
-        if found["environment"][key] != machine[key]:
+    try:
+        found = parse_json(path.read_bytes())
+        facts = {key: found["environment"][key] for key in ("git_commit", "gpus", "torch")}
+        rows = [row for row in found["rows"] if {"part", "model", "off"} <= row.keys()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} was not written by this bench ({e!r}): leave out --resume") from None
+    for key, value in facts.items():
+        if value != machine[key]:
             raise UserError(f"{path} was measured with another {key}: leave out --resume to measure it anew")
-    return [row for row in found["rows"] if "failed" not in row]
+    return [row for row in rows if "failed" not in row]
 
 
 def describe_machine(dry):
@@ -369,8 +374,10 @@ def parse_args(argv, dry):
     parser.add_argument("--only", choices=COLUMNS, help="one part")
     parser.add_argument("--models", default="debug" if dry else PRESETS, help="of presets, with commas")
     parser.add_argument("--ablate", default="debug" if dry else ABLATED_PRESET, help="of ablation and data")
-    parser.add_argument("--steps", type=int, default=2 if dry else 10, help="timed steps of a row")
-    parser.add_argument("--minutes", type=float, default=9, help="rows beyond are listed as not measured")
+    parser.add_argument("--steps", type=argument(Count), default=2 if dry else 10,
+                        help="timed steps of a row")  # fmt: skip
+    parser.add_argument("--minutes", type=argument(Number), default=9,
+                        help="rows beyond are listed as not measured")  # fmt: skip
     parser.add_argument("--out", default="" if dry else ROOT / "results" / "bench.json", help="the JSON file")
     parser.add_argument("--resume", action="store_true", help="keep what the JSON file holds")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of train.py; tflops=")
@@ -382,9 +389,10 @@ def parse_args(argv, dry):
             tflops = text.removeprefix("tflops=")
         else:
             settings.append(text)
-    if not tflops.replace(".", "", 1).isdigit() or args.steps < 1:
-        raise UserError(f"tflops is {tflops!r} and --steps {args.steps}: both must be numbers above 0")
-    return args, settings, float(tflops)
+    try:
+        return args, settings, config.convert(Number, tflops)
+    except ValueError as e:
+        raise UserError(f"tflops is {tflops!r}, but must be {e}") from None
 
 
 def main(argv=None):

@@ -6,6 +6,7 @@ Prints images/s of one CPU core. tests/test_augment.py compares data.py with the
 operation and on whole crops.
 """
 
+import argparse
 import os
 import tempfile
 import time
@@ -122,6 +123,9 @@ def main(rounds=30):
 
     The best of the rounds counts, since other programs can only make a round slower.
     """
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m tools.bench_input", description=__doc__, formatter_class=form)
+    parser.parse_args()
     torch.set_num_threads(1)
     cfg = config.load(overrides=[f"train.batch_size_per_gpu={BATCH}", "student.patch_size=14",
                                  f"crops.local_crops_size={LOCAL_SIZE}"])  # fmt: skip
@@ -143,4 +147,4 @@ def main(rounds=30):
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

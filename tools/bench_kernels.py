@@ -25,6 +25,7 @@ import re
 import statistics
 import subprocess
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -106,6 +107,16 @@ def row_writer(path, aloud=True):
                 f.write(line + "\n")
 
     return write_row
+
+
+def read_rows(path):
+    """The rows of such a file, none without it; a line torn when its part was stopped is left out."""
+    rows = []
+    lines = Path(path).read_bytes().splitlines() if Path(path).is_file() else ()
+    for line in lines:
+        with suppress(ValueError, TypeError):
+            rows.append({"part": "", **config.parse_json(line)})
+    return rows
 
 
 # ---------------------------------------------------------------- the peers
@@ -803,8 +814,7 @@ def main(argv=None):
             chosen[name] = partial(part, row_writer(out))
     outcomes = run_isolated(chosen, own_group=True)
     if out:
-        rows = [json.loads(line) for line in Path(out).read_text().splitlines()]
-        print("\n" + kernel_tables(rows))
+        print("\n" + kernel_tables(read_rows(out)))
     failures = {name: outcome.failure for name, outcome in outcomes.items() if outcome.failure}
     for name, failure in failures.items():
         print(f"{name} failed: {failure}")

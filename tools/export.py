@@ -15,14 +15,17 @@ lines.
 import argparse
 import json
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 import config
-from config import UserError
+from config import Pattern, UserError, argument
 from features import infer_arch
 from runfolder import atomic_open, atomic_write_text
 from tools.weights import DTYPES, download, load_backbone, rename_to
+
+Sha256 = Annotated[str, Pattern("[0-9a-fA-F]{64}", "64 hexadecimal digits")]
 
 
 def write_safetensors(path, tensors, arch):
@@ -168,12 +171,16 @@ def parse_args(argv):
     parser.add_argument("--out", type=Path, help="a folder (hf), a .safetensors file (timm), a .pth (meta)")
     parser.add_argument("--download", action="store_true",
                         help="fetch Meta's file of that name if it is not in the cache")  # fmt: skip
+    parser.add_argument("--sha256", metavar="HEX", type=argument(Sha256),
+                        help="with --download: the sum that its file must have")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    weights = download(args.weights) if args.download else args.weights
+    if args.sha256 and not args.download:
+        raise UserError("--sha256 goes with --download: it is the sum of the file that is fetched")
+    weights = download(args.weights, args.sha256) if args.download else args.weights
     if args.to is None and args.download:
         print(f"{weights} is there")
         return

@@ -35,6 +35,13 @@ def unit_of(metric):
     return ""
 
 
+def plot_value(value):
+    """A logged number as it is drawn; None where it is not finite, or too large for round ticks above it."""
+    if type(value) not in (int, float) or not abs(value) < 1e100:  # true for NaN
+        return None
+    return value if abs(value) > 1e-100 else 0
+
+
 def known_values(points):
     """[(step, value or None)] -> the values."""
     return [value for _, value in points if value is not None]
@@ -75,7 +82,8 @@ def reference_lines(run):
             if metric.startswith("grad_"):
                 lines[metric] = [(run.cfg.optim.clip_grad, "clipped above")]
     floors = {"knn_pixels": "raw pixels", "knn_random_init": "random init", "chance": "chance"}
-    lines["knn_top1"] = [(run.result[key], floor) for key, floor in floors.items() if key in run.result]
+    known = {floor: plot_value(run.result.get(key)) for key, floor in floors.items()}
+    lines["knn_top1"] = [(value, floor) for floor, value in known.items() if value is not None]
     lines["entropy"] = [(0.9, "healthy below 0.9"), (0.2, "healthy above 0.2")]
     return lines
 

@@ -13,18 +13,18 @@ as the MFU that you believe in: none is measured yet.
 """
 
 import argparse
-import math
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import config
-from config import UserError
+from config import Count, Positive, UserError
 from model import DINOv2
 from optim import total_steps
 
 PLAN_SETTINGS = dict(gpus=1, mfu=0.4, tflops=989.0, memory=80.0)  # and their defaults
+PLAN_KINDS = dict(gpus=Count, mfu=Positive, tflops=Positive, memory=Positive)
 
 
 class Crops(NamedTuple):
@@ -231,21 +231,13 @@ def parse_args(argv):
     for text in args.overrides:
         name, _, value = text.partition("=")
         if name in PLAN_SETTINGS:
-            settings[name] = parse_positive(name, value, type(PLAN_SETTINGS[name]))
+            try:
+                settings[name] = config.convert(PLAN_KINDS[name], value)
+            except ValueError as e:
+                raise UserError(f"{name} is {value!r}, but must be {e}") from None
         else:
             overrides.append(text)
     return args, settings, overrides
-
-
-def parse_positive(name, value, kind):
-    """The text as a number of this kind. UserError unless it is finite and above 0."""
-    try:
-        number = kind(value)
-    except ValueError:
-        number = 0
-    if not (number > 0 and math.isfinite(number)):
-        raise UserError(f"{name} is {value!r}, but must be a number above 0")
-    return number
 
 
 def main(argv=None):

@@ -17,23 +17,21 @@ import argparse
 import base64
 import html
 import io
-import json
-import math
 import re
 import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 import config
-from config import UserError
+from config import UserError, Whole, argument, convert, parse_json
 from evals.patch_maps import patch_attention
 from evals.tiles import attention_tile, image_tile
 from evals.visualize import large_sample, pca_row, pca_sheet, teachers_through_training
 from features import untrained_copy
 from optim import total_steps
-from runfolder import atomic_open, atomic_write_text
+from runfolder import atomic_open
 from sources import open_source
-from tools.metric_plots import format_number, known_values, legend_item, metric_figure
+from tools.metric_plots import format_number, known_values, legend_item, metric_figure, plot_value
 from tools.weights import open_backbone
 
 MAX_RUNS = 8  # whose colours can be told apart: --c0 to --c7 of assets/report.css
@@ -176,7 +174,9 @@ def read_run(folder, name, color):
         cfg = config.load(folder / "config.yaml")
         final = read_json(folder / "result.json")
         environment = read_json(folder / "environment.json")
-    except (UserError, ValueError) as e:
+        if "steps" in final:
+            final["steps"] = convert(Whole, final["steps"])
+    except (OSError, UserError, ValueError) as e:
         files = "config.yaml, result.json or environment.json"
         raise UserError(f"{files} of {folder} cannot be used: {e}") from None
     rows, torn = read_jsonl(folder / "metrics.jsonl")
@@ -196,17 +196,23 @@ def read_run(folder, name, color):
 
 
 def read_json(file):
-    return json.loads(file.read_bytes()) if file.exists() else {}
+    """-> the object in a JSON file, {} if there is no file. ValueError for anything else in it."""
+    value = parse_json(file.read_bytes()) if file.is_file() else {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{file.name} holds a {type(value).__name__}, not named values")
+    return value
 
 
 def read_jsonl(file):
-    """-> the whole lines of a .jsonl file as dicts, and the number of others. No file: no lines."""
+    """-> the lines of a .jsonl file that are dicts of a step, and the number of others. No file: no lines."""
     rows = []
     torn = 0
-    if file.exists():
+    if file.is_file():
         for line in file.read_bytes().splitlines():
             try:
-                rows.append({"step": 0, **json.loads(line)})
+                row = {"step": 0, **parse_json(line)}
+                row["step"] = convert(Whole, row["step"])
+                rows.append(row)
             except (ValueError, TypeError):
                 torn += 1
     return rows, torn
@@ -219,11 +225,8 @@ def metric_curves(rows):
         if "skipped_samples" in row:
             row = row | {"skipped": 1}
         for metric, value in row.items():
-            if metric == "step" or not isinstance(value, (int, float, type(None))):
-                continue
-            if value is not None and not math.isfinite(value):
-                value = None
-            curves.setdefault(metric, []).append((row["step"], value))
+            if metric != "step" and isinstance(value, (int, float, type(None))):
+                curves.setdefault(metric, []).append((row["step"], plot_value(value)))
     return {metric: points for metric, points in curves.items() if known_values(points)}
 
 
@@ -394,20 +397,22 @@ def main():
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help=f"run folders, {MAX_RUNS} at most")
     add("--out", type=Path, help="the page (default: report.html in the first run's folder)")
-    add("--images", type=int, default=4, help="how many evaluation images are drawn; 0: no pictures")
+    add("--images", type=argument(Whole), default=4,
+        help="how many evaluation images are drawn; 0: no pictures")  # fmt: skip
     args = parser.parse_args()
-    if args.images < 0:
-        raise UserError(f"--images {args.images}: how many, or 0 for none")
     if len(args.runs) > MAX_RUNS:
         raise UserError(f"{len(args.runs)} runs cannot be told apart in one plot: name {MAX_RUNS} at most")
     runs = open_runs(args.runs)
     out = args.out or args.runs[0] / "report.html"
-    text = render_report(runs, args.images)
+    if out.suffix != ".html":
+        raise UserError(f"--out {out}: it must end in .html")
+    page = render_report(runs, args.images).encode(errors="backslashreplace")  # names need not be Unicode
     try:
-        atomic_write_text(out, text)
+        with atomic_open(out) as f:
+            f.write(page)
     except OSError as e:
         raise UserError(f"{out} cannot be written ({e}): name another --out") from None
-    print(f"wrote {out}: {text.count('<svg')} plots, {len(text.encode()) / 1e6:.1f} MB")
+    print(f"wrote {out}: {page.count(b'<svg')} plots, {len(page) / 1e6:.1f} MB")
     if args.images:
         for run in runs:
             write_pca(run)

@@ -9,16 +9,16 @@ length of the header; the header is JSON with the type, shape and place of every
 The file is mapped into memory, and whatever its header claims is checked before it is used.
 """
 
-import json
 import math
 import os
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import features
-from config import UserError
+from config import UserError, parse_json
 from hubconf import _download as download
 
 WIDTHS = {"small": 384, "base": 768, "large": 1024, "giant": 1536}
@@ -28,11 +28,8 @@ RELEASED_NAMES = (  # of the released models at Meta, timm and Hugging Face
     r"vit_(?P<size>small|base|large|giant)_patch14(?P<reg>_reg4)?_dinov2",
     r"dinov2(?P<reg>-with-registers)?-(?P<size>small|base|large|giant)$",
 )
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = dict(zip(("F64", "F32", "F16", "BF16"), features.WEIGHT_DTYPES))
 MAX_HEADER = 100_000_000  # bytes of a safetensors header
-
-# What shapes don't show: our own files state it, with values of these types.
-UNSEEN = {"num_heads": int, "layerscale": float, "interpolate_antialias": bool, "interpolate_offset": float}
 
 LAYOUT_COLUMNS = {"hf": 0, "timm": 1}
 QKV = "encoder.layer.#.attention.attention."
@@ -84,10 +81,11 @@ def load_backbone(source):
 def read_weights(source):
     """As features.read_weights, for any known layout: backbone and head tensors, architecture (or {})."""
     path = Path(source)
-    if path.is_dir() and not (path / "teacher.pth").is_file():
+    if os.path.isdir(path) and not os.path.isfile(path / "teacher.pth"):
         path = path / "model.safetensors"
-    if path.suffix == ".safetensors" and path.is_file():
+    if path.suffix == ".safetensors" and os.path.isfile(path):
         tensors, arch = read_safetensors(path)
+        features.check_tensors(tensors, path)
     else:
         path = features.find_weights(source, ", or a .safetensors file, alone or in a folder")
         tensors, arch = features.read_tensors(path)
@@ -246,10 +244,10 @@ def read_safetensors(path):
         metadata = header.pop("__metadata__", {})
         spans = {name: tensor_span(name, entry) for name, entry in header.items()}
         check_spans(spans, file_size - data_start)
-        arch = json.loads(metadata.get("nanodino", "{}"))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        arch = dict(parse_json(metadata.get("nanodino", "{}")))
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{path} is no intact safetensors file ({e}): download or export it again") from None
-    data = torch.from_file(str(path), shared=False, size=file_size, dtype=torch.uint8)[data_start:]
+    data = torch.from_numpy(np.memmap(path, np.uint8, "c"))[data_start:]
     tensors = {}
     for name in sorted(spans, key=spans.get):
         start, end = spans[name]
@@ -268,7 +266,7 @@ def read_header(path):
         length = int.from_bytes(f.read(8), "little")
         if file_size < 8 or length > min(file_size - 8, MAX_HEADER):
             raise ValueError(f"its header claims {length} bytes, the file has {file_size}")
-        return json.loads(f.read(length)), 8 + length, file_size
+        return parse_json(f.read(length)), 8 + length, file_size
 
 
 def tensor_span(name, entry):
@@ -280,7 +278,9 @@ def tensor_span(name, entry):
         raise ValueError(f"it has a tensor called {name!r}")
     if dtype not in DTYPES:
         raise ValueError(f"{name} is of type {dtype}, weights are of {', '.join(DTYPES)}")
-    if not all(type(n) is int and 0 <= n < 2**48 for n in [*shape, *offsets]) or len(offsets) != 2:
+    numbers = [*shape, *offsets]
+    whole = all(type(n) is int and 0 <= n < 2**48 for n in numbers)
+    if not whole or len(offsets) != 2 or len(shape) > 8:
         raise ValueError(f"{name} has a shape {shape} at {offsets}")
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{name} of shape {shape} can't lie at {offsets}")
@@ -298,29 +298,19 @@ def check_spans(spans, size):
         raise ValueError(f"its tensors take {end} bytes, the file has {size} for them")
 
 
-def stated_arch(metadata, path, tensors):
+def stated_arch(arch, path, tensors):
     """What shapes don't show: from the metadata of our own files, or from Hugging Face's config.json."""
-    stated = {}
-    if isinstance(metadata, dict):
-        stated = {key: value for key, value in metadata.items() if key in UNSEEN}
-    widths = [x.shape[-1] for name, x in tensors.items() if name.endswith("cls_token") and x.dim()]
-    width = widths[0] if widths else 1
     config_file = path.parent / "config.json"
     if "embeddings.cls_token" in tensors and config_file.is_file():
-        stated.setdefault("num_heads", read_num_heads(config_file, path, width))
-    for key, value in stated.items():
-        possible = type(value) in (UNSEEN[key], int) and 0 <= value < 1e4
-        if possible and key == "num_heads":
-            possible = value >= 1 and width % value == 0
-        if not possible:
-            raise UserError(f"{path} states that {key} is {value!r}: no network is like that")
-    return stated
+        width = tensors["embeddings.cls_token"].shape[-1:].numel()
+        arch = {"num_heads": read_num_heads(config_file, path, width)} | arch
+    return arch
 
 
 def read_num_heads(config_file, path, width):
     """The number of heads in Hugging Face's config.json, which must describe a network of our kind."""
     try:
-        hf_config = json.loads(config_file.read_text(encoding="utf-8"))
+        hf_config = parse_json(config_file.read_text(encoding="utf-8"))
         num_heads = hf_config["num_attention_heads"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{config_file} is no config of a DINOv2 model ({type(e).__name__}: {e})") from None

@@ -1,5 +1,7 @@
 """The linear heads for classes and depth: published shapes and formulas, data, windows, the command."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,7 @@ from evals.dense import (
     train_dense_head,
     upsample_logits,
 )
-from evals.pairs import Pairs, read_depth, read_mask
+from evals.pairs import Pairs, read_depth, read_mask, read_plane
 from model import Tokens, VisionTransformer
 from scenes import CLASSES
 from sources import BadImage
@@ -392,12 +394,48 @@ def test_bad_pairs_are_left_out_and_named(tmp_path):
 @pytest.mark.parametrize("words, message", [
     (["--train", "pairs:a:b"], "do not belong together"),
     (["--train", "pairs:a:b", "--test", "pairs:a:b"], "how many classes"),
-    (["--size", "-3"], "above 0"),
     (["--depth-range", "5", "2"], "the smaller one first"),
 ])  # fmt: skip
 def test_wrong_settings(words, message):
     with pytest.raises(UserError, match=message):
         make_settings("seg", *words)
+
+
+@pytest.mark.parametrize("about", [[1], "x", dict(depth_range=[1]), dict(size="big"), dict(iterations=[]),
+                                   dict(names=["one"]), dict(ignore=None), dict(window=-5)])  # fmt: skip
+def test_a_head_with_settings_of_another_kind(about, tmp_path):
+    path = tmp_path / "h.pth"
+    torch.save(dict(state_dict=released("seg", 24, 3), about=about, step=5), path)
+    with pytest.raises(UserError, match="h.pth is not a linear head for --task seg"):
+        read_dense_head(path, parse_settings(["--task", "seg"]), Stub(24, 12, 14))
+
+
+def test_a_head_of_nan(tmp_path):
+    tensors = released("seg", 24, 3)
+    tensors["decode_head.bn.weight"] = torch.full((24,), float("nan"))
+    torch.save(tensors, tmp_path / "h.pth")
+    with pytest.raises(UserError, match="h.pth: decode_head.bn.weight holds NaN"):
+        read_dense_head(tmp_path / "h.pth", parse_settings(["--task", "seg"]), Stub(24, 12, 14))
+
+
+def test_a_pipe_is_no_head_and_no_mask(tmp_path):
+    """To open one would wait for ever."""
+    os.mkfifo(tmp_path / "h.pth")
+    os.mkfifo(tmp_path / "h.npy")
+    settings = parse_settings(["--task", "seg"])
+    with pytest.raises(UserError, match="h.pth is not a linear head .*no regular file"):
+        read_dense_head(tmp_path / "h.pth", settings, Stub(24, 12, 14))
+    with pytest.raises(BadImage, match="h.npy: .*no regular file"):
+        read_plane(tmp_path / "h.npy")
+
+
+@pytest.mark.parametrize("words", [
+    "--size -3", "--window 1.5", "--batch-size 0", "--iterations -1", "--classes 40000", "--depth-scale nan",
+    "--lr nan", "--seed -1", "--depth-range 0 1"])  # fmt: skip
+def test_numbers_out_of_range_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        make_settings("seg", *words.split())
+    assert f"argument {words.split()[0]}: " in capsys.readouterr().err
 
 
 def test_wrong_data(tmp_path):
@@ -509,12 +547,20 @@ def test_the_command(task, layers, weights, tmp_path, monkeypatch, capsys):
     assert table_row(scored, "this head") == table_row(trained, "this backbone")  # read from its file
 
 
+def test_the_same_pairs_on_both_sides_are_refused(weights, tmp_path):
+    uri = write_pairs(tmp_path, 6)
+    for train, test in ((uri, uri), ("scenes:12:seed=1:size=32", "scenes:6:seed=1:size=32")):
+        with pytest.raises(UserError, match="6 of 6 test images are training images too"):
+            dense.main(["--task", "seg", "--weights", weights, "--train", train, "--test", test,
+                        "--classes", "2", "--ignore", "7", "--size", "32"])  # fmt: skip
+
+
 def test_the_command_on_bad_images_and_foreign_heads(weights, tmp_path):
     Image.new("RGB", (1, 20_000)).save(tmp_path / "thin.png")
     (tmp_path / "bad.png").write_bytes(b"?")
     torch.save(released("seg", 24, 3), tmp_path / "head.pth")
     words = ["--task", "seg", "--weights", weights, "--head", str(tmp_path / "head.pth")]
-    messages = {"thin.png": "cut it up", "bad.png": "no known format", "none.png": "does not exist"}
+    messages = {"thin.png": "cut it up", "bad.png": "no known format", "none.png": "none.png"}
     for name, message in messages.items():
         with pytest.raises(UserError, match=message):
             dense.main([*words, "--predict", str(tmp_path / name)])

@@ -180,7 +180,7 @@ def test_scenes_need_no_photos(command):
     said, text = command("scenes:4:seed=1", "--size", "32", "--count", "3")
     assert "3 of 4 images, evenly spread: --count sets how many" in said
     data = page_data(text)
-    assert [photo["name"] for photo in data["photos"]] == ["scene 0", "scene 1", "scene 2"]
+    assert [photo["name"] for photo in data["photos"]] == [f"scene {i} of seed 1" for i in range(3)]
     stated = re.search(r"Cosines are within 0\.0\d+ of exact ones \(2,304 pairs compared\)", said)
     assert stated and stated[0] in data["about"]
     assert "width 32, depth 2, patch 8" in data["about"]
@@ -208,16 +208,17 @@ def test_bad_input_is_one_sentence(command, tmp_path):
     broken = {name: x * float("nan") for name, x in tiny().state_dict().items()}
     torch.save({"teacher": broken, "arch": {"num_heads": 2}}, tmp_path / "broken.pth")
     wrong = [
-        ([tmp_path / "nowhere.jpg"], "nowhere.jpg does not exist"),
-        (["scenes:2", "--out", tmp_path / "page.txt"], "--out must end in .html"),
+        ([tmp_path / "nowhere.jpg"], "nowhere.jpg"),
+        (["scenes:2", "--out", tmp_path / "page.txt"], "page.txt: it must end in .html"),
         (["scenes:2", "--out", tmp_path / "file" / "page.html", "--size", "8"], "cannot be written"),
-        (["scenes:2", "--size", "-1"], "must be positive"),
-        (["scenes:2", "--count", "0"], "must be positive"),
-        (["scenes:2", "--weights", tmp_path / "broken.pth", "--size", "8"], "not finite"),
+        (["scenes:2", "--weights", tmp_path / "broken.pth", "--size", "8"], "holds NaN or infinity"),
     ]
     for words, message in wrong:
         with pytest.raises(UserError, match=message):
             command(*words)
+    for words in (["--size", "-1"], ["--count", "0"]):
+        with pytest.raises(SystemExit):
+            command("scenes:2", *words)
     assert not list(tmp_path.glob("*.html"))
 
 

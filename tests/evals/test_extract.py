@@ -1,5 +1,7 @@
 """Extraction to .npz: the tokens of the backbone, killed jobs, other jobs, the command."""
 
+import json
+import os
 import sys
 
 import numpy as np
@@ -38,10 +40,19 @@ def test_the_file_holds_the_tokens(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.npz", "photos"]
 
 
+def test_labels_have_their_names(tmp_path):
+    for name in ("9", "10"):
+        write_flat_images(tmp_path / "photos" / name, 2)
+    extract_to_npz(backbone=tiny_backbone(), **job(tmp_path))
+    found = np.load(tmp_path / "f.npz")
+    assert found["classes"][found["labels"]].tolist() == ["10", "10", "9", "9"]  # in the order of the paths
+    assert found["classes"].tolist() == ["9", "10"]
+
+
 def test_half_the_bytes_and_fewer_parts(tmp_path):
     extract_to_npz(backbone=tiny_backbone(), parts=("cls", "patches"), dtype="float16", **job(tmp_path))
     found = np.load(tmp_path / "f.npz")
-    assert sorted(found.files) == ["bad", "cls", "labels", "patches", "paths"]
+    assert sorted(found.files) == ["bad", "classes", "cls", "labels", "patches", "paths"]
     assert found["patches"].dtype == np.float16
     assert found["patches"].shape == (9, 16, 32) and np.isfinite(found["patches"]).all()
 
@@ -98,6 +109,48 @@ def test_another_job_does_not_resume_it(tmp_path, save_every_batch):
             extract_to_npz(backbone=backbone, **job(tmp_path, **options))
 
 
+@pytest.mark.parametrize("damage", ["list", "brackets", "a text", "too few bytes", "no bad"])
+def test_a_damaged_job_is_not_resumed(damage, tmp_path, save_every_batch):
+    with pytest.raises(KeyboardInterrupt):
+        extract_to_npz(backbone=Dying(tiny_backbone()), **job(tmp_path))
+    work = tmp_path / "f.npz.partial"
+    state = json.loads((work / "state.json").read_text())
+    assert state["rows"] == 4
+    texts = {"list": "[]", "brackets": "[" * 9999, "a text": json.dumps(state | {"rows": "4"}),
+             "no bad": json.dumps({key: value for key, value in state.items() if key != "bad"})}  # fmt: skip
+    if damage == "too few bytes":  # else the end would be filled with zeros
+        os.truncate(work / "cls", 4 * 32 * 4 - 1)
+    else:
+        (work / "state.json").write_text(texts[damage])
+    with pytest.raises(UserError, match="f.npz.partial was begun with .* or is damaged: delete it"):
+        extract_to_npz(backbone=tiny_backbone(), **job(tmp_path))
+
+
+def test_where_no_image_can_be_read_there_is_no_file(tmp_path):
+    write_flat_images(tmp_path / "photos", 0, bad=3)
+    with pytest.raises(UserError, match="none of these 3 images can be read: .*bad0.png"):
+        extract_to_npz(backbone=tiny_backbone(), **job(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_names_need_not_be_text(tmp_path):
+    write_flat_images(tmp_path / "photos", 1, bad=1)
+    for name in ("0.png", "bad0.png"):
+        (tmp_path / "photos" / name).rename(tmp_path / "photos" / (os.fsdecode(b"caf\xe9") + name))
+    extract_to_npz(backbone=tiny_backbone(), **job(tmp_path))
+    found = np.load(tmp_path / "f.npz")
+    assert os.fsencode(str(found["paths"][0])).endswith(b"caf\xe90.png")
+    assert b"caf\xe9bad0.png: " in os.fsencode(str(found["bad"][0]))
+
+
+@pytest.mark.parametrize("words", ["--size -8", "--batch-size 0", "--workers -1", "--size 1e9"])
+def test_numbers_out_of_range_are_refused(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["extract.py", "scenes:2", *words.split()])
+    with pytest.raises(SystemExit):
+        extract.main()
+    assert f"argument {words.split()[0]}: " in capsys.readouterr().err
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     write_flat_images(tmp_path / "photos", 4, bad=1)
     torch.save({"teacher": tiny_backbone().state_dict(), "arch": {"num_heads": 2}}, tmp_path / "t.pth")
@@ -111,6 +164,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for extra, message in (
         (["--size", "50"], "50 is not a multiple of the patch size, 8"),
         (["--parts", "cls,clss"], "cls,clss"),
+        (["--out", ""], "--out .: it must end in .npz"),
     ):
         monkeypatch.setattr(sys, "argv", [*argv, *extra])
         with pytest.raises(UserError, match=message):

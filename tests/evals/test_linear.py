@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import write_flat_images
 from PIL import Image
 
 from config import UserError
@@ -18,7 +19,6 @@ from evals.linear import (
     RandomCrops,
     backbone_fingerprint,
     cosine_decay,
-    count_classes,
     fit_and_test,
     init_probes,
     input_slices,
@@ -26,6 +26,7 @@ from evals.linear import (
     probe_accuracies,
     probe_features,
     read_linear_head,
+    resume_probes,
     select_probe,
     sgd_step,
     shuffled_batches,
@@ -369,6 +370,24 @@ def test_a_head_knows_its_input_and_its_backbone(tmp_path):
         read_linear_head(file, tiny(seed=1))
 
 
+@pytest.mark.parametrize("text", [
+    "[]", "3", "{", "[" * 9999, '{"input": ["1 block, CLS"]}', '{"classes": ["a", "b"]}',
+    '{"classes": [1, 2, 3]}', '{"classes": 3}', '{"pixels": 32}', '{"pixels": [32, "32"]}',
+    '{"pixels": [0, 0]}', '{"pixels": [32]}'], ids=lambda text: text[:30])  # fmt: skip
+def test_a_json_file_of_another_kind_beside_a_head(text, tmp_path):
+    torch.save(dict(weight=torch.zeros(3, 64), bias=torch.zeros(3)), tmp_path / "h.pth")
+    (tmp_path / "h.json").write_text(text)
+    with pytest.raises(UserError, match="h.json does not describe a head of 3 classes: delete it"):
+        read_linear_head(tmp_path / "h.pth", tiny())
+
+
+@pytest.mark.parametrize("content", [[1], dict(grid=1), 3])
+def test_a_half_trained_probe_of_another_kind(content, tmp_path):
+    torch.save(content, tmp_path / "grid.pth")
+    with pytest.raises(UserError, match="grid.pth holds a half-trained probe of other images"):
+        resume_probes(dict(a=[torch.zeros(1)]), tmp_path / "grid.pth", "job")
+
+
 # ---- crops on the fly
 
 
@@ -489,24 +508,13 @@ def test_images_without_label_or_pixels_are_left_out(tmp_path):
     assert numbers.tolist() == [0, 2, 5]
 
 
-def test_labels_that_cannot_be(tmp_path):
-    """Too few, all the same, unknown to the training set, and numbers that are not classes."""
-    bank = EvalImages(Scenes(4, 0, 32), 32)
-    ten = torch.arange(10)
-    assert count_classes(bank, ten, ten) == 10
-    for labels, test_labels, message in (
-        (ten, ten + 1, "there is a label 10, but the training images have 10 classes"),
-        (torch.arange(9), ten, "9 training images of 9 classes: it takes at least 10 of 2"),
-        (torch.zeros(30).long(), ten, "30 training images of 1 classes"),
-    ):
-        with pytest.raises(UserError, match=message):
-            count_classes(bank, labels, test_labels)
-    bank.dataset.classes = None  # labels are bare numbers, from .cls files
-    assert count_classes(bank, ten, ten[:3]) == 10
-    with pytest.raises(UserError, match="label 20, but the training images have 10 classes, 0 to 9"):
-        count_classes(bank, ten, torch.tensor([20]))
-    with pytest.raises(UserError, match="there is a label 7000000000: number the classes from 0"):
-        count_classes(bank, torch.tensor([7_000_000_000, *range(10)]), ten)
+@pytest.mark.parametrize("kinds, count", [(["a", "b"], 4), (["a"], 12)], ids=["too few", "one class"])
+def test_labels_that_do_not_allow_a_probe(tmp_path, kinds, count):
+    for kind in kinds:
+        write_flat_images(tmp_path / kind, count)
+    bank = EvalImages(open_source(f"folder:{tmp_path}"), 32)
+    with pytest.raises(UserError, match=f"{count * len(kinds)} training images of {len(kinds)} classes"):
+        fit_and_test(tiny(), bank, bank, tmp_path / "grid.pth", 10, 4)
 
 
 @pytest.fixture
@@ -517,7 +525,7 @@ def colours(tmp_path):
             folder = tmp_path / split / name
             folder.mkdir(parents=True)
             for i in range(12):
-                brighter = tuple(channel + 5 * i for channel in colour)
+                brighter = tuple(channel + 5 * i + (split == "test") for channel in colour)
                 Image.new("RGB", (40, 30), brighter).save(folder / f"{i}.png")
     (tmp_path / "train" / "red" / "3.png").write_bytes(b"broken")
     Image.new("RGB", (33, 60), (35, 33, 210)).save(tmp_path / "new.png")
@@ -576,6 +584,25 @@ def test_the_command_trains_and_predicts(command, tmp_path, monkeypatch):
         command("--predict", tmp_path / "bad.png")
 
 
+def test_the_command_splits_one_folder(command, tmp_path):
+    printed = command("--train", f"folder:{tmp_path}/test", "--split", "0.5", "--image-size", "32",
+                      "--iterations", "5", "--no-baseline")  # fmt: skip
+    assert "12 training images, 12 test images, 32 pixels out of 32" in printed
+    with pytest.raises(UserError, match="24 of 24 test images are training images too"):
+        command("--train", f"folder:{tmp_path}/test", "--test", f"folder:{tmp_path}/test")
+
+
+def test_a_head_finds_its_classes_by_name(command, tmp_path):
+    command(*colour_sets(tmp_path), "--iterations", "150", "--batch-size", "16", "--no-baseline")
+    (tmp_path / "some").mkdir()
+    (tmp_path / "test" / "red").rename(tmp_path / "some" / "red")
+    head = ["--head", tmp_path / "out" / "head.pth"]
+    assert "1.000 on 12 images" in command(*head, "--test", f"folder:{tmp_path}/some")
+    (tmp_path / "some" / "red").rename(tmp_path / "some" / "rouge")
+    with pytest.raises(UserError, match="some has classes that are unknown, rouge"):
+        command(*head, "--test", f"folder:{tmp_path}/some")
+
+
 def test_the_command_with_a_foreign_head(command, tmp_path):
     head = tmp_path / "seven.pth"
     torch.save({"weight": torch.zeros(7, 160), "bias": torch.eye(7)[3]}, head)
@@ -589,6 +616,13 @@ def test_the_command_where_nothing_can_be_written(command, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/x cannot be written"):
         command(*colour_sets(tmp_path), "--out", tmp_path / "file" / "x")
+
+
+@pytest.mark.parametrize("words", [["--iterations", "0"], ["--batch-size", "-1"], ["--iterations", "nan"]])
+def test_numbers_out_of_range_are_refused(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["linear.py", *words])
+    with pytest.raises(SystemExit):
+        linear.main()
 
 
 def test_a_killed_command_resumes(command, tmp_path, monkeypatch):

@@ -27,6 +27,13 @@ def test_bars_are_as_high_as_the_accuracy():
     assert heights[2] == 0
 
 
+def test_a_number_of_neighbours(monkeypatch):
+    for k in ("0", "-1", "1.5", "nan"):
+        monkeypatch.setattr(sys, "argv", ["neighbours.py", "scenes:2", "--k", k])
+        with pytest.raises(SystemExit):
+            neighbours.main()
+
+
 def test_the_command_prints_and_draws(tmp_path, monkeypatch, capsys):
     args, photos = make_color_sets(tmp_path)
     argv = ["neighbours.py", *args, "--out", str(tmp_path / "out")]

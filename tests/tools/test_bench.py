@@ -303,7 +303,21 @@ def is_gone(pid):
     return False
 
 
-@pytest.mark.parametrize("wrong", [["tflops=many"], ["--steps", "0"], ["optim.base_ir=1"]])
+@pytest.mark.parametrize("wrong", [["tflops=many"], ["tflops=nan"], ["optim.base_ir=1"]])
 def test_mistakes_are_one_sentence(wrong):
     with pytest.raises(UserError):
         bench.main(wrong)
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--minutes", "nan"]])
+def test_numbers_out_of_range_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(wrong)
+    assert f"argument {wrong[0]}: '{wrong[1]}' must be a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "[" * 9999, "{}", '{"environment": [], "rows": 1}', "{"])
+def test_another_file_is_not_resumed(text, tmp_path):
+    (tmp_path / "bench.json").write_text(text)
+    with pytest.raises(UserError, match="bench.json was not written by this bench"):
+        bench.rows_measured_before(tmp_path / "bench.json", {})

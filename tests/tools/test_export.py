@@ -2,6 +2,7 @@
 torch.hub; and the real packages, where they are installed."""
 
 import functools
+import hashlib
 import http.server
 import json
 import os
@@ -275,9 +276,72 @@ def test_strict_in_every_layout(layout, tmp_path):
         refused(r"w.safetensors (is not the ViT of width 96|holds tensors)", file)
 
 
+@pytest.mark.parametrize("load", [load_backbone, features.load_backbone, features.open_backbone])
+def test_a_name_that_no_file_can_have(load):
+    for name in ("x" * 300, f"{'x' * 300}.safetensors", "x\0"):
+        refused("no weights at x", name, load)
+
+
+def test_a_stated_architecture_is_cut_where_it_is_long(tmp_path):
+    claim = dict(layerscale=[0.0] * 100_000, num_heads=3)
+    torch.save({"teacher": tiny_backbone().state_dict(), "arch": claim}, tmp_path / "w.pth")
+    with pytest.raises(UserError) as error:
+        load_backbone(tmp_path / "w.pth")
+    assert len(str(error.value)) < 500
+
+
 def test_only_named_tensors_are_weights(tmp_path):
     torch.save({3: torch.ones(1)}, tmp_path / "w.pth")
     refused("no weights file", tmp_path / "w.pth")
+
+
+WEIRD = {
+    "NaN": torch.tensor([1.0, float("nan")]), "infinity": torch.tensor([float("-inf")]),
+    "infinity as fp32": torch.tensor([1e300], dtype=torch.float64), "sparse": torch.eye(3).to_sparse(),
+    "complex": torch.zeros(2, dtype=torch.complex64), "whole numbers": torch.ones(2, dtype=torch.int64),
+    "meta": torch.zeros(2, device="meta"), "8 bits": torch.ones(2).to(torch.float8_e4m3fn),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),  # it warns
+    "empty": torch.zeros(0, 3), "terabytes": torch.zeros(1).expand(10**12),
+    "a name that moves the cursor": torch.ones(1)}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WEIRD)
+@pytest.mark.filterwarnings("ignore")
+def test_only_finite_plain_tensors_are_weights(kind, tmp_path):
+    """Each of them used to load, or to end in a traceback; the sentence names the file and the tensor."""
+    name = "norm.bias\x1b[2J" if "name" in kind else "norm.bias"
+    tensors = tiny_backbone().state_dict()
+    tensors[name] = WEIRD[kind]() if callable(WEIRD[kind]) else WEIRD[kind]
+    torch.save({"teacher": tensors}, tmp_path / "w.pth")
+    words = "w.pth: norm.bias (holds NaN or infinity|.* is no plain tensor)|holds other things than named"
+    refused(words, tmp_path / "w.pth")
+    refused(words, tmp_path / "w.pth", features.load_backbone)
+    if kind in ("NaN", "infinity", "empty"):
+        export.write_safetensors(tmp_path / "w.safetensors", tensors, {})
+        refused("w.safetensors: norm.bias (holds NaN|.* is no plain)", tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("arch", [[1], "num_heads", 7])
+def test_an_architecture_is_named_values(arch, tmp_path):
+    torch.save({"teacher": tiny_backbone().state_dict(), "arch": arch}, tmp_path / "w.pth")
+    refused("w.pth holds other things than named tensors", tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "patch_embed.proj.weight", "cls_token", "mask_token"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
+def test_shapes_of_no_network(name, shape, tmp_path):
+    torch.save(tiny_backbone().state_dict() | {name: torch.ones(shape)}, tmp_path / "w.pth")
+    refused("w.pth (is not the ViT|holds no DINOv2 backbone)", tmp_path / "w.pth")
+
+
+def test_weights_in_a_folder_whose_name_is_no_text(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    backbone = tiny_backbone()
+    torch.save({"teacher": backbone.state_dict(), "arch": backbone.arch}, folder / "teacher.pth")
+    for to, out in (("timm", folder / "w.safetensors"), ("hf", folder / "hf"), ("meta", folder / "w.pth")):
+        export.main([str(folder), "--to", to, "--out", str(out)])
+        assert torch.equal(load_backbone(out).norm.weight, backbone.norm.weight)
 
 
 def test_a_config_that_contradicts(tmp_path):
@@ -292,6 +356,8 @@ def test_a_config_that_contradicts(tmp_path):
     for words, hf_config in bad.items():
         (tmp_path / "config.json").write_text(json.dumps(hf_config))
         refused(words, tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    refused("no config of a DINOv2 model .*nested too deeply", tmp_path)
 
 
 # ---- safetensors -----------------------------------------------------------------------------------------
@@ -327,6 +393,8 @@ HOSTILE = {
     "metadata of another kind": file_of({"__metadata__": 3, "a": entry(0, 8)}, bytes(8)),
     "no metadata but noise": file_of({"__metadata__": {"nanodino": "{"}, "a": entry(0, 8)}, bytes(8)),
     "a name that moves the cursor": file_of({"a\n\x1b[2J": entry(0, 8)}, bytes(8)),
+    "a hundred dimensions": file_of({"a": entry(0, 4, (1,) * 100)}, bytes(4)),
+    "deep metadata": file_of({"__metadata__": {"nanodino": "[" * 9999}, "a": entry(0, 8)}, bytes(8)),
     "three places": file_of({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}}, bytes(8)),
 }  # fmt: skip
 
@@ -341,10 +409,15 @@ def test_claims_that_no_network_can_keep(tmp_path):
     backbone = tiny_backbone()
     tensors = rename_to("timm", backbone.state_dict())
     file = tmp_path / "w.safetensors"
-    for claim in (dict(num_heads=0), dict(num_heads=7), dict(num_heads=True), dict(layerscale=float("nan")),
-                  dict(interpolate_offset="much")):  # fmt: skip
+    for claim in (dict(num_heads=0), dict(num_heads=7), dict(num_heads=10**9), dict(num_heads=True),
+                  dict(num_heads="3"), dict(layerscale=float("nan")), dict(interpolate_offset="x"),
+                  dict(interpolate_offset=-1), dict(interpolate_antialias=3)):  # fmt: skip
+        words = f"{list(claim)[0]} is .* in .*w.(safetensors|pth), (but must be|of width 96: no network is)"
         export.write_safetensors(file, tensors, claim)
-        refused("no network is like that", file)
+        refused(words, file)
+        torch.save({"teacher": backbone.state_dict(), "arch": claim}, tmp_path / "w.pth")
+        refused(words, tmp_path / "w.pth")
+        refused(words, tmp_path / "w.pth", features.load_backbone)
     claim = dict(depth=10**9, embed_dim=10**9, surprise=1)  # the shapes show these: the file is not asked
     export.write_safetensors(file, tensors, claim)
     same_features(backbone, load_backbone(file), [(6, 6)])
@@ -430,6 +503,7 @@ def server(tmp_path, monkeypatch):
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     monkeypatch.setattr(hubconf, "_BASE_URL", f"http://127.0.0.1:{httpd.server_port}")
+    monkeypatch.setattr(hubconf, "_SHA256", {})
     yield folder
     httpd.shutdown()
     httpd.server_close()
@@ -450,6 +524,32 @@ def test_download(cache, server, monkeypatch, capsys):
     with pytest.raises(UserError, match="404"):
         weights.download("dinov2_vits14_reg4")
     assert [p.name for p in cache.iterdir()] == ["dinov2_vits14_pretrain.pth"]
+
+
+def test_the_sum_of_a_download_is_printed_and_checked(cache, server, monkeypatch, capsys):
+    file = server / "dinov2_vits14_pretrain.pth"
+    file.write_bytes(b"PK, and the rest")
+    own = hashlib.sha256(file.read_bytes()).hexdigest()
+    other = "0" * 64
+    with pytest.raises(UserError, match=f"its SHA-256 is {own}, not {other}"):
+        export.main(["vits14", "--download", "--sha256", other])
+    monkeypatch.setitem(hubconf._SHA256, "dinov2_vits14", other)  # a sum that is known needs no option
+    with pytest.raises(UserError, match=f"its SHA-256 is {own}, not {other}"):
+        weights.download("vits14")
+    assert not list(cache.iterdir())
+    export.main(["vits14", "--download", "--sha256", own.upper()])
+    assert f"SHA-256 {own}, as expected" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"{cache}.* has the SHA-256 {own}, not {other}: delete it"):
+        export.main(["vits14", "--download", "--sha256", other])
+    weights.download("vits14", own)  # from the cache
+    (cache / file.name).unlink()
+    monkeypatch.setattr(hubconf, "_SHA256", {})
+    weights.download("vits14")
+    assert f"SHA-256 {own}, and none is known to compare it with" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--sha256 goes with --download"):
+        export.main(["vits14", "--sha256", own])
+    with pytest.raises(SystemExit):
+        export.main(["vits14", "--download", "--sha256", "beef"])
 
 
 def test_a_web_page_is_no_weights_file(cache, server):

@@ -112,6 +112,14 @@ def test_the_documents_hold_what_it_would_write():
         assert path.read_text() == text, f"{path.name}: run python results/gpu.py --write results/gpu/*.jsonl"
 
 
+def test_lines_that_are_no_rows_are_left_out(tmp_path):
+    file = tmp_path / "gpu.jsonl"
+    file.write_text('{"part": "a"}\n[1]\n3\n"gpus"\n' + "[" * 9999 + '\n{"gpus": []}\n{"part": "b"}\n{"pa')
+    machine = dict(part="", gpus=[])
+    rows = [dict(part="a", machine={}), machine | dict(machine=machine), dict(part="b", machine=machine)]
+    assert gpu.read_rows([tmp_path / "none.jsonl", file]) == rows
+
+
 def test_measured_numbers_come_into_the_documents(dry_run, tmp_path):
     """The rows of the dry run, as if a card had made them."""
     rows = [json.loads(line) for line in (dry_run[1] / "gpu.jsonl").read_text().splitlines()]

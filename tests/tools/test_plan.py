@@ -93,7 +93,8 @@ def test_checkpointing_saves_activations():
     assert planned_activations(["speed.checkpointing=full"]) < 0.2 * planned_activations([])
 
 
-@pytest.mark.parametrize("wrong", ["gpus=none", "gpus=0", "mfu=-1", "memory=inf"])
+@pytest.mark.parametrize("wrong", ["gpus=none", "gpus=0", "gpus=1.5", "mfu=-1", "mfu=nan", "memory=inf",
+                                   f"gpus=1{'0' * 400}"])  # fmt: skip
 def test_bad_numbers_are_one_sentence(wrong):
-    with pytest.raises(UserError, match="must be a number above 0"):
+    with pytest.raises(UserError, match="must be a (number above 0|whole number, 1 or more)"):
         plan.main(["--model", "vits14", wrong])

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -292,6 +293,66 @@ def test_broken_files_are_named(make, tmp_path):
         (run / name).write_text(text)
         with pytest.raises(UserError, match=f"{name}.* of {run} cannot be used"):
             make(run)
+
+
+@pytest.mark.parametrize("name", ["result.json", "environment.json"])
+@pytest.mark.parametrize("text", ["[1]", "3", "[" * 9999, '"text"', "null"], ids=lambda text: text[:9])
+def test_a_json_file_of_another_shape_is_named(name, text, make, tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}.* of {run} cannot be used"):
+        make(run)
+
+
+@pytest.mark.parametrize("steps", ["many", None, [], -1, 1e30])
+def test_a_result_of_impossible_steps(steps, make, tmp_path):
+    run = make_run(tmp_path / "run", result=RESULT | dict(steps=steps))
+    with pytest.raises(UserError, match=f"result.json.* of {run} cannot be used"):
+        make(run)
+
+
+def test_lines_that_are_no_rows_are_counted(make, tmp_path):
+    run = make_run(tmp_path / "run", [dict(step=1, loss=1.0)])
+    lines = ["[1]", "3", "[" * 9999, '{"step": "x"}', '{"step": null, "loss": 9}', '{"step": NaN}',
+             '{"step": 1e400}', '{"step": -1}', '{"step": true}', '{"step": 2, "loss": 2.0}']  # fmt: skip
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write("\n".join(lines))
+    page = make(run)
+    assert "9 of metrics.jsonl left out" in page
+    assert curves(figures(page)["loss"])["var(--c0)"][-1][0] == AXES_RIGHT  # step 2 is the last
+
+
+EXTREMES = [1e308, -1e308, 1e-320, 5e-324, 10**400, math.inf, math.nan]
+
+
+@pytest.mark.parametrize("value", EXTREMES, ids=range(len(EXTREMES)))
+def test_numbers_that_no_axis_can_hold(value, make, tmp_path):
+    """They are left out, or drawn at 0; the others are drawn to scale."""
+    rows = [dict(step=1, loss=value, kl=value), dict(step=2, loss=1.0), dict(step=3, loss=3.0)]
+    result = RESULT | dict(knn_top1=value, knn_pixels=value, chance="none", knn_random_init=[1])
+    drawn = figures(make(make_run(tmp_path / "run", rows, result)))
+    to_value = value_scale(drawn["loss"])
+    points = curves(drawn["loss"])["var(--c0)"]
+    assert [to_value(y) for _, y in points[-2:]] == pytest.approx([1, 3], abs=0.02)
+    assert ("kl" in drawn) == (abs(value) < 1)
+
+
+def test_a_run_whose_name_is_no_text(make, tmp_path):
+    run = make_run(tmp_path / os.fsdecode(b"caf\xe9"))
+    assert r"Report: caf\udce9" in make(run)
+
+
+@pytest.mark.parametrize("words", [["--images", "-1"], ["--images", "many"]])
+def test_a_number_of_images(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), *words])
+    with pytest.raises(SystemExit):
+        report.main()
+
+
+def test_a_page_needs_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(make_run(tmp_path / "run")), "--out", ""])
+    with pytest.raises(UserError, match="--out .: it must end in .html"):
+        report.main()
 
 
 def test_too_many_runs_and_a_page_that_cannot_be_written(make, tmp_path):
