@@ -18,6 +18,7 @@ import os
 import pickle
 import shutil
 import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,7 +30,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from config import UserError
+from config import UserError, parse_json, root_cause
 from distributed import DIST_TIMEOUT, broadcast_object, rank, to_full, to_local, world_size
 from model import VisionTransformer
 from runfolder import atomic_open, atomic_write_text
@@ -60,6 +61,13 @@ class CheckpointWriter:
         self.saving = None  # the Future of the save in progress: None or the reason of its failure
         self.target = None
         self.step = None
+        self.last_start = time.monotonic()
+
+    def is_overdue(self, minutes):
+        """Whether rank 0 began its last save so long ago, and has ended it; 0 minutes: never."""
+        idle = self.saving is None or self.saving.done()
+        passed = time.monotonic() - self.last_start
+        return rank() == 0 and 0 < 60 * minutes <= passed and idle
 
     def start(self, folder, step, state, meta=None, keep_last=3, keep_every=0, teacher=None):
         """Save as folder/step_XXXXXXXX; keep the newest `keep_last` and every `keep_every`-th step.
@@ -68,6 +76,7 @@ class CheckpointWriter:
         plain values. teacher: rank 0's arguments for `save_teacher`. A failure is raised by the next `wait`.
         """
         self.wait()
+        self.last_start = time.monotonic()
         self.step = step
         self.target = Path(folder) / f"step_{step:08d}"
         temporary = self.target.with_name(f".step_{step:08d}.partial")
@@ -105,24 +114,28 @@ class CheckpointWriter:
         return self.target
 
     def failure(self, reason):
-        return (f"the checkpoint {self.target} could not be written ({reason}); the earlier ones are intact: "
-                f"make room or choose another train.output_dir")  # fmt: skip
+        remedy = "the earlier ones are intact: make room or choose another train.output_dir"
+        if not self.target.parent.parent.is_dir():
+            remedy = "the run folder is gone, deleted or moved: start again, or resume from where it is now"
+        return f"the checkpoint {self.target} could not be written ({reason}); {remedy}"
 
 
 def try_call(function, *args):
-    """Call it -> None, or why it failed. A full disk is a RuntimeError in torch, an OSError elsewhere."""
+    """Call it -> None, or why it failed."""
     try:
         function(*args)
     except (CheckpointException, OSError, RuntimeError) as e:  # the first is a BaseException
         cause = first_cause(e)
+        if "unexpected pos" in str(cause):  # from another rank, without its cause
+            return "a file could not be written to its end: is the disk full?"
         return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
 
 
 def first_cause(error):
     """What happened on the first rank that failed, if DCP reports for all of them."""
     if isinstance(error, CheckpointException):
-        return next(iter(error.failures.values()))[0]
-    return error
+        error = next(iter(error.failures.values()))[0]
+    return root_cause(error)
 
 
 def prepare_folder(temporary):
@@ -130,7 +143,8 @@ def prepare_folder(temporary):
         folder = temporary.parent
         for leftover in [*folder.glob(".step_*.partial"), *folder.glob(".step_*.old")]:
             shutil.rmtree(leftover, ignore_errors=True)  # of saves that were killed
-        temporary.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)  # without parents: a run folder that is gone stays so
+        temporary.mkdir()
 
 
 def commit_checkpoint(temporary, target, meta, keep_last, keep_every):
@@ -205,7 +219,7 @@ def find_damage(path):
     if path.suffix == ".partial":
         return "its save was interrupted"
     try:
-        files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+        files = parse_json((path / "manifest.json").read_bytes())["files"]
         for name, expected in files.items():
             file = path / Path(name).name  # a manifest can't point out of its folder
             if not file.is_file():
@@ -229,7 +243,10 @@ def load_checkpoint(path, state):
     """
     try:
         dcp.load(state, storage_reader=SafeReader(path), planner=CheckedPlanner())
-        return json.loads((Path(path) / "meta.json").read_text(encoding="utf-8"))
+        meta = parse_json((Path(path) / "meta.json").read_bytes())
+        if not isinstance(meta, dict):
+            raise ValueError("meta.json holds no object")
+        return meta
     except (CheckpointException, OSError, ValueError) as e:
         cause = first_cause(e)
         reason = f"cannot be read ({type(cause).__name__}: {cause})"
@@ -324,10 +341,17 @@ def resume(state, folder):
 
 def save_checkpoint(writer, state, folder, cfg, logger):
     """Start to write a checkpoint to resume from, and the teacher as a plain file to use."""
+    began = time.monotonic()
     meta = dict(seconds=logger.seconds, images=logger.images, bad=logger.num_bad_images)
-    teacher = folder / "teacher.pth", full_state_dict(state.ema), state.ema.backbone.arch
+    teacher = teacher_file(state, folder)
     keep = dict(keep_last=cfg.train.keep_last, keep_every=cfg.train.keep_every)
     writer.start(folder / "checkpoints", state.step, checkpoint_state(state), meta, **keep, teacher=teacher)
+    logger.checkpoint_seconds = time.monotonic() - began
+
+
+def teacher_file(state, folder):
+    """On all ranks -> the arguments of `save_teacher`, which are complete on rank 0."""
+    return folder / "teacher.pth", full_state_dict(state.ema), state.ema.backbone.arch
 
 
 def full_state_dict(module):

@@ -13,6 +13,7 @@ share was right among the labelled queries (`python -m evals.neighbours` also dr
 
 import argparse
 import math
+import os
 import sys
 from collections import Counter
 
@@ -22,7 +23,6 @@ import torch.nn.functional as F
 
 import config
 from config import UserError
-from data import stable_hash
 from distributed import rank
 from features import EvalImages, extract_features, iterate_batches, open_backbone, untrained_copy
 from model import describe_backbone
@@ -189,7 +189,7 @@ def split_images(images, cfg, limit=0):
     bank = []
     queries = []
     for name, numbers in members.items():
-        rng = np.random.default_rng(stable_hash(evaluation.split_seed, name))
+        rng = np.random.default_rng([evaluation.split_seed, *os.fsencode(name)])
         order = rng.permutation(numbers).tolist()
         num_queries = min(max(round(evaluation.split * len(order)), 1), len(order) - 1)
         queries += order[:num_queries]

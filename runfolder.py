@@ -7,9 +7,11 @@
                 profile.txt, trace.json  where the time of a step goes, with --profile
                 lock              the process that is writing here now
                 checkpoints/, teacher.pth (checkpoint.py), pictures
+                config.before-step_00001234.yaml, and such an environment: of the steps up to 1234, if a
+                resumed run has gone on from there
 
 Files are replaced atomically; a line that a crash tore is removed. Exit codes of train.py: 0 done; 1 an
-error; 70 no finite loss; 75 saved and stopped by a signal, run me again; 130 Ctrl-C.
+error; 70 no finite loss; 75 saved and stopped by a signal, run me again; 130 saved and stopped by Ctrl-C.
 """
 
 import json
@@ -21,16 +23,15 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from config import UserError
+from config import UserError, parse_json, parse_yaml
 from distributed import all_reduce, broadcast_object, rank, world_size
 from losses import collapse_warning
 
@@ -44,19 +45,22 @@ class RunFolder:
     """The folder `path`, created or reopened. All ranks make one, for the signals; only rank 0 writes.
 
     An existing folder must hold the same settings, `speed` apart; with `resume`, differences are printed.
-    Raises UserError if the folder is in use, belongs to another run, or cannot be written.
+    Nothing in it changes before `start`: a checkpoint that does not fit is found out first. Raises UserError
+    if the folder is in use, belongs to another run, or cannot be written.
     """
 
     def __init__(self, path, config_text, resume=False, facts=None):
         self.path = Path(broadcast_object(str(path)))
+        self.config_text = config_text
         self.facts = facts or {}  # for environment.json
         self.stop_requested = False  # or the name of a signal
         self.handlers = {}
+        self.pid = os.getpid()
         self.lock = None
         problem = None
         if rank() == 0:
             try:
-                self.open(config_text, resume)
+                self.open(resume)
             except UserError as e:
                 problem = str(e)
             except OSError as e:
@@ -66,7 +70,7 @@ class RunFolder:
             self.close()
             raise UserError(problem)
 
-    def open(self, config_text, resume):
+    def open(self, resume):
         config = self.path / "config.yaml"
         if not config.exists() and any(p.name != "lock" for p in self.path.glob("[!.]*")):
             raise UserError(f"{self.path} has files but no config.yaml, so is no run folder: choose another")
@@ -74,25 +78,53 @@ class RunFolder:
         self.lock = acquire_lock(self.path)
         changed = ""
         if config.exists():
-            changed = "; ".join(config_differences(config, config_text))
+            changed = "; ".join(config_differences(config, self.config_text))
         if config.exists() and not resume:
             other = f" with other settings ({changed})" if changed else ""
             raise UserError(f"{self.path} holds a run{other}: add --resume to go on, or choose another")
         if changed:
             print(f"note: the run continues with other settings: {changed}", file=sys.stderr)
-        atomic_write_text(config, config_text)
-        atomic_write_text(self.path / "environment.json", json.dumps(environment() | self.facts, indent=1))
-        (self.path / "checkpoints").mkdir(exist_ok=True)
+
+    def start(self, step):
+        """The run goes on from `step`: its settings are written, the earlier ones kept under another name.
+
+        Rows of later steps, which will be run again, torn lines and old results are dropped.
+        """
+        if rank() == 0:
+            facts = json.dumps(environment() | self.facts, indent=1)
+            for name, text in {"config.yaml": self.config_text, "environment.json": facts}.items():
+                file = self.path / name
+                earlier = file.with_name(f"{file.stem}.before-step_{step:08d}{file.suffix}")
+                if file.exists() and file.read_bytes() != text.encode() and not earlier.exists():
+                    with atomic_open(earlier) as f:
+                        f.write(file.read_bytes())
+                atomic_write_text(file, text)
+            (self.path / "checkpoints").mkdir(exist_ok=True)
+            (self.path / "result.json").unlink(missing_ok=True)
+            repair_jsonl(self.path / "metrics.jsonl", step)
+        repair_jsonl(self.path / f"bad_images_rank{rank()}.jsonl", step)
+
+    def check_exists(self):
+        """Before rank 0 writes: UserError if the lock has gone, or the folder with it, or is another's."""
+        if rank() > 0:
+            return
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.path / "lock")):
+                return
+        raise UserError(f"the run folder {self.path} or its lock was deleted or moved while it was in use: "
+                        f"start again, or resume from where it is now")  # fmt: skip
 
     def write_config(self, text):
         """The settings have changed during the run (--max-minutes): config.yaml must hold those that ran."""
         if rank() == 0:
+            self.check_exists()
             atomic_write_text(self.path / "config.yaml", text)
 
     def log(self, row):
         """Append one flat dict to metrics.jsonl."""
         if rank() > 0:
             return
+        self.check_exists()
         try:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(to_json(row) + "\n")
@@ -100,27 +132,31 @@ class RunFolder:
             message = f"no room for {self.path}/metrics.jsonl ({e}): make some, then --resume"
             raise UserError(message) from None
 
-    def truncate_log(self, step):
-        """Drop the rows of steps after `step`, which will be run again, any torn line, and old results."""
-        if rank() == 0:
-            (self.path / "result.json").unlink(missing_ok=True)
-            repair_jsonl(self.path / "metrics.jsonl", step)
-        repair_jsonl(self.path / f"bad_images_rank{rank()}.jsonl", step)
-
     def write_result(self, numbers):
         """Write result.json: the run is done."""
         if rank() == 0:
+            self.check_exists()
             atomic_write_text(self.path / "result.json", to_json(numbers, indent=1))
 
     def install_signal_handlers(self):
-        """From now on the signals that schedulers send only set `stop_requested` to their name."""
-        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):  # not SIGINT: Ctrl-C stays as it was
-            number = getattr(signal, name, None)  # Windows lacks the last two
-            if number:
+        """From now on a scheduler's signals, a closed terminal and Ctrl-C set `stop_requested` to their name.
+
+        A second Ctrl-C ends the process at once. What nohup or a shell's `&` has set to be ignored stays so.
+        """
+        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT"):
+            number = getattr(signal, name, None)  # Windows lacks three of them
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
                 self.handlers[number] = signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         self.stop_requested = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            if rank() == 0 and os.getpid() == self.pid:  # not a data-loading worker; print could be busy
+                with suppress(OSError):
+                    os.write(2, b"\nsaving and stopping after this step; Ctrl-C again ends at once\n")
+        if self.stop_requested == "SIGHUP":
+            silence_dead_terminal()
 
     def close(self):
         """Restore the signal handlers and release the lock. Its file stays: deleting it would race."""
@@ -128,6 +164,15 @@ class RunFolder:
             signal.signal(number, handler)
         if self.lock:
             self.lock.close()
+
+
+def silence_dead_terminal():
+    """What is printed after the terminal has gone is dropped: it would be an OSError before the last save."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def acquire_lock(folder):
@@ -160,7 +205,7 @@ def repair_jsonl(file, step):
     torn = 0
     for line in file.read_bytes().splitlines():
         try:
-            if json.loads(line).get("step", 0) <= step:
+            if parse_json(line).get("step", 0) <= step:
                 kept.append(line.decode() + "\n")
         except (ValueError, AttributeError, TypeError):
             torn += 1
@@ -173,7 +218,7 @@ def config_differences(path, config_text):
     """["optim.epochs: 10 there, 20 now", ...] between a saved config and this one, `speed` apart."""
     try:
         there = flat_settings(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError):
         return [f"{path} is unreadable"]
     now = flat_settings(config_text)
     changed = []
@@ -186,7 +231,7 @@ def config_differences(path, config_text):
 def flat_settings(text):
     """A config.yaml -> {"section.key": value}."""
     settings = {}
-    for section, keys in yaml.safe_load(text).items():
+    for section, keys in parse_yaml(text).items():
         for key, value in keys.items():
             settings[f"{section}.{key}"] = value
     return settings
@@ -277,6 +322,7 @@ class TrainLogger:
         self.collapsed_in_a_row = 0
         self.warned = False
         self.knn = None
+        self.checkpoint_seconds = None  # for which the last save has held up the training, until logged
         terminal = sys.stderr.isatty()
         show_bar = rank() == 0 and terminal
         self.bar = tqdm(total=steps, initial=state.step, disable=not show_bar, dynamic_ncols=True)
@@ -319,6 +365,9 @@ class TrainLogger:
         self.add_time()
         rate = self.images / max(self.seconds, 1e-9)
         row = dict(step=state.step, **means, **schedules, images_per_second=round(rate, 1))
+        if self.checkpoint_seconds is not None:
+            row["checkpoint_seconds"] = round(self.checkpoint_seconds, 3)
+            self.checkpoint_seconds = None
         if torch.cuda.is_available():
             row["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         self.run.log(row)
@@ -386,6 +435,7 @@ class TrainLogger:
     def close(self, state, trained):
         self.bar.close()
         if trained:
+            self.run.check_exists()
             self.check_skipped_steps(state)
             self.add_time()
 

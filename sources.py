@@ -39,6 +39,7 @@ MAX_FILE_BYTES = 1 << 29  # of an image: the limit of pixels at 8 bytes each
 MAX_TEXT_BYTES = 1 << 20  # of a .cls or .json file, a line of a manifest, the extension of a tar header
 MAX_NAME_BYTES = 4096  # of a path; Linux allows no more
 SEARCH_BYTES = 1 << 26  # how far to look for the next header behind a damaged one
+MAX_SHARDS = 1_000_000  # of one pattern
 MAX_DAMAGE = 100  # damaged places in a shard; the rest of it is not read
 LOOSE_FILE = -1  # offset of an image that is a file of its own
 NO_IMAGE = -2  # offset of a sample whose shard holds no complete image
@@ -77,14 +78,17 @@ class ImageFiles:
         self.labels = np.array([number_of.get(entry.label, -1) for entry in kept])
         self.offsets = np.array([entry.offset for entry in kept])
         self.sizes = np.array([entry.size for entry in kept])
-        # One array of bytes: a list of texts would end up copied in every worker.
-        self.names = np.array([os.fsencode(entry.name) for entry in kept])
+        # All names in one piece: a list of texts would end up copied in every worker.
+        names = [os.fsencode(entry.name) for entry in kept]
+        self.joined_names = b"".join(names)
+        self.name_ends = np.cumsum([0, *map(len, names)])
 
     def __len__(self):
-        return len(self.names)
+        return len(self.labels)
 
     def name(self, index):
-        return os.fsdecode(self.names[index])
+        first, end = self.name_ends[[index, index + 1]]
+        return os.fsdecode(self.joined_names[first:end])
 
     def renumber(self, classes):
         """Take over the classes of another data set. ValueError with the names that are not among them."""
@@ -204,8 +208,8 @@ def open_images(paths):
         elif os.path.isfile(path):
             entries.append(Entry(path))
         else:
-            raise UserError(f"{path} does not exist or is no regular file: give images, folders, .tar files or "
-                            "one data URI")  # fmt: skip
+            remedy = "give images, folders, .tar files or one data URI"
+            raise UserError(f"{path} does not exist or is no regular file: {remedy}")
     images = ImageFiles(entries)
     if not len(images):
         raise UserError(f"there are no images in {', '.join(map(str, paths)) or 'an empty list'}")
@@ -250,6 +254,8 @@ def expand_braces(pattern):
     if not braces:
         return [pattern]
     first, last = braces.groups()
+    if int(last) - int(first) >= MAX_SHARDS:
+        raise UserError(f"{pattern} stands for more than {MAX_SHARDS:,} shards")
     paths = []
     for number in range(int(first), int(last) + 1):
         paths += expand_braces(pattern.replace(braces[0], str(number).zfill(len(first)), 1))
@@ -273,6 +279,8 @@ def index_tar(path):
     Behind a damaged header it goes on with the next one, so that costs one member; a shard that is cut off
     serves as far as it goes. Raises UserError for a file that is no tar.
     """
+    if "::" in path:
+        raise UserError(f"{path} holds '::', which divides a shard from its members: rename it")
     samples = {}
     damage = []
     try:
@@ -323,6 +331,8 @@ def add_member(samples, path, member, file):
     sample = samples.setdefault(key, Entry(f"{path}::{key}", offset=NO_IMAGE))
     if member.offset_data + member.size > file.total_bytes():
         raise ValueError("cut off by the end of the shard")
+    if member.size > MAX_FILE_BYTES:
+        raise ValueError(f"{member.size:,} bytes, the limit is {MAX_FILE_BYTES:,}")
     if extension in EXTENSIONS and sample.offset == NO_IMAGE:  # the first image of a key counts
         sample = sample._replace(name=name, offset=member.offset_data, size=member.size)
     elif extension == ".json":  # before .cls, since its text is exact

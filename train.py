@@ -255,12 +255,11 @@ def parse_args(argv):
     add("--output-dir", default="", help="the run folder (default: runs/NAME, or NAME-2, ...)")
     add("--init-from", default="", help="a run or released weights to start from (train.init_from)")
     add("--resume", action="store_true", help="continue the run in the folder, if there is one")
-    add("--max-minutes", type=float, default=0, help="fit the schedules into this time")
+    minutes = config.argument(config.Number)
+    add("--max-minutes", type=minutes, default=0, help="fit the schedules into this time")
     add("--profile", action="store_true", help="where the time of a step goes: a table and a trace")
     add("overrides", nargs="*", metavar="key=value", help="e.g. optim.base_lr=1e-3 train.seed=1")
     args = parser.parse_intermixed_args(argv)
-    if not args.max_minutes >= 0:
-        raise UserError(f"--max-minutes is {args.max_minutes:g}: give the minutes, or 0 for no limit")
     preset = args.model
     if not args.model and not args.config:
         preset = "laptop"
@@ -316,7 +315,7 @@ def main(argv=None):
     run = RunFolder(args.output_dir, cfg.to_yaml(), args.resume, dict(kernels=kernels, kernels_why=reason))
     run.install_signal_handlers()
     resumed = checkpoint.resume(state, run.path / "checkpoints") if args.resume else {}
-    run.truncate_log(state.step)
+    run.start(state.step)
     first_step = state.step
     steps = total_steps(cfg)
     micro_batches = make_loader(cfg, dataset, device, first_step, rank, world)
@@ -334,9 +333,9 @@ def main(argv=None):
             batch = [next(micro_batches) for _ in range(cfg.train.accumulate)]
         bad_images = [bad for micro in batch for bad in micro["bad"]]
         # The one exchange between the hosts: all ranks draw the same conclusions at the same step.
-        num_bad, signalled, out_of_time, save_failed = dist.all_reduce_ints(
-            len(bad_images), bool(run.stop_requested), deadline.passed(state.step), writer.failed()
-        )
+        num_bad, signalled, out_of_time, save_failed, save_due = dist.all_reduce_ints(
+            len(bad_images), bool(run.stop_requested), deadline.passed(state.step), writer.failed(),
+            writer.is_overdue(cfg.train.checkpoint_minutes))  # fmt: skip
         if save_failed:
             writer.wait()  # raises
         if signalled or out_of_time:
@@ -347,7 +346,7 @@ def main(argv=None):
         torch.manual_seed(hash((cfg.train.seed, state.step, rank)) % 2**63)
         number = state.step + 1  # of this step, counted from 1
         evaluate_now = is_due(number, evaluator.period, steps)
-        save_now = is_due(number, cfg.train.checkpoint_every, steps)
+        save_now = is_due(number, cfg.train.checkpoint_every, steps) or (save_due and number < steps)
         log_now = number in (1, steps) or number % cfg.train.log_every == 0 or evaluate_now or save_now
         schedules = compute_schedules(cfg, state.step, world)
         metrics = train_step(state, batch, schedules, cfg, log_diagnostics=log_now)
@@ -378,6 +377,10 @@ def main(argv=None):
     logger.close(state, trained=state.step > first_step)
     if state.step > first_step and writer.step != state.step:
         checkpoint.save_checkpoint(writer, state, run.path, cfg, logger)
+    elif state.step == first_step > 0:  # nothing to do; but teacher.pth may be damaged, or of an older step
+        teacher = checkpoint.teacher_file(state, run.path)
+        if rank == 0:
+            checkpoint.save_teacher(*teacher)
     writer.wait()
     if signalled:
         if rank == 0:
@@ -390,7 +393,9 @@ def main(argv=None):
             print(results_table(result))
     run.close()
     dist.cleanup()
-    return 75 if signalled else 0
+    if signalled:
+        return 130 if run.stop_requested == "SIGINT" else 75
+    return 0
 
 
 def is_due(number, period, steps):
@@ -398,5 +403,10 @@ def is_due(number, period, steps):
     return period > 0 and number % period == 0 and number < steps
 
 
+IF_OUT_OF_MEMORY = (
+    "lower train.batch_size_per_gpu (and raise train.accumulate), evaluation.batch_size, or the size or "
+    "number of crops, layers or prototypes; or take speed.checkpointing=full"
+)
+
 if __name__ == "__main__":
-    config.run(main)
+    config.run(main, IF_OUT_OF_MEMORY)

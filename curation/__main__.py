@@ -22,9 +22,11 @@ features are balanced, two for each of their numbers (vectors.py).
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import config
+from config import UserError, Whole, argument
 from curation.balance import balance
 from curation.content import content
 from curation.dedup import dedup
@@ -66,19 +68,26 @@ def parse_args():
     add("out", help="a folder, on a file system that all processes see")
     add("settings", nargs="*", help="section.key=value")
     add("--config", help="YAML file of settings; the defaults are in curation/settings.py")
-    add("--workers", type=int, default=0, help="processes that read images, for each torchrun process")
+    add("--workers", type=argument(Whole), default=0, help="processes that read images, per torchrun process")
     return parser.parse_intermixed_args()
 
 
 def main():
     args = parse_args()
+    cfg = load(args.config, args.settings)
+    if not args.out:
+        raise UserError("OUT is empty: name a folder")
     setup()
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    cfg = load(args.config, args.settings)
-    lock = acquire_lock(out) if rank() == 0 else None  # held until this object is gone
-    state = curate(args.source, out, cfg, args.stage, args.workers)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = acquire_lock(out) if rank() == 0 else None  # held until this object is gone
+        state = curate(args.source, out, cfg, args.stage, args.workers)
+    except OSError as error:
+        remedy = "make room, or take another OUT, and run it again: finished work is not repeated"
+        raise UserError(f"the curation stops: {error}; {remedy}") from error
     if rank() == 0:
+        sys.stdout.reconfigure(errors="backslashreplace")  # notes name files, whatever their bytes
         print(*stage_lines(state.stages), *state.notes, sep="\n")
         lock.close()
     cleanup()

@@ -2,7 +2,9 @@
 
 import numpy as np
 
+from curation.embed import embed_examples
 from curation.manifest import REASONS
+from curation.settings import levels_of
 from curation.vectors import kmeans, nearest
 from sources import open_source
 
@@ -19,12 +21,14 @@ def filter_retrieval(state):
     """Of the kept images, all but the k nearest of each seed -> the column why and a note."""
     k = state.cfg.balance.k
     kept = state.kept()
-    seeds = state.embedder(open_source(state.cfg.balance.seeds))
+    uri = state.cfg.balance.seeds
+    seeds, readable = embed_examples(state.embedder, open_source(uri), uri)
     _, near = nearest(seeds, state.features[np.isin(state.embedded, kept)], k)
     retrieved = np.unique(near)
     why = np.zeros(state.num_images, np.uint8)
     why[np.delete(kept, retrieved)] = REASONS.index("not retrieved")
-    note = f"the {k} nearest of each of {len(seeds)} seed images: {len(retrieved)} of {len(kept)} images"
+    note = f"the {k} nearest of each of {len(seeds)} seed images ({np.sum(~readable)} more are unreadable): "
+    note += f"{len(retrieved)} of {len(kept)} images"
     return dict(why=why, notes=np.array([note]))
 
 
@@ -32,7 +36,8 @@ def filter_clusters(state):
     """Of the kept images, all but `target`, spread evenly -> the columns why, cluster, domain and a note."""
     settings = state.cfg.balance
     kept = state.kept()
-    levels = hierarchical_kmeans(state.features[np.isin(state.embedded, kept)], settings)
+    x = state.features[np.isin(state.embedded, kept)]
+    levels = hierarchical_kmeans(x, levels_of(state.cfg), settings)
     order = np.argsort(state.sha[kept], kind="stable")  # by hash: as good as a draw
     taken = hierarchical_sample(levels, order, settings.target)
     columns = {name: np.full(state.num_images, -1) for name in ("cluster", "domain")}
@@ -47,11 +52,14 @@ def filter_clusters(state):
     return dict(why=why, **columns, notes=np.array([note]))
 
 
-def hierarchical_kmeans(x, settings):
-    """k-means of rows x (n, D), then of the centroids ... -> [clusters (n,) of a level], coarsest first."""
+def hierarchical_kmeans(x, numbers, settings):
+    """k-means of rows x (n, D), then of the centroids ... -> [clusters (n,) of a level], coarsest first.
+
+    numbers: of clusters, finest level first.
+    """
     levels = []
     points = x
-    for k in map(int, settings.clusters.split()):
+    for k in numbers:
         points, clusters = kmeans(points, min(k, len(points)), settings.seed, settings.rounds)
         if levels:
             clusters = clusters[levels[0]]  # of the rows, not of the centroids

@@ -5,19 +5,22 @@ OUT/heads and may serve as content.head for another source.
 """
 
 import csv
+import io
 import os
 from typing import NamedTuple
 
 import numpy as np
 
 from config import UserError
-from curation.manifest import REASONS, save_arrays
+from curation.embed import embed_examples
+from curation.manifest import REASONS, load_arrays, save_arrays
 from curation.quality import threshold
 from curation.vectors import BLOCK, to_float64
-from sources import Entry, ImageFiles, open_source
+from sources import Entry, ImageFiles, check_name, open_regular, open_source
 
 PENALTY = 10.0  # of squared weights, for standardised features
 NEWTON_STEPS = 25
+FOLDS = 5  # of cross-validation, and so the smallest number of examples of a kind
 
 
 class Head(NamedTuple):
@@ -71,16 +74,15 @@ def open_heads(embedder, settings):
     for head in heads:
         weight = head.arrays["weight"]
         if weight.shape != (embedder.width,):
-            raise UserError(f"the head is for {len(weight)} features, here are {embedder.width}")
+            raise UserError(f"the head is for {weight.size} features, here are {embedder.width}")
+        if not all(np.isfinite(values).all() for values in head.arrays.values()):
+            raise UserError(f"the head for {head.column} is not finite: look at its file, or at its examples")
     return heads
 
 
 def load_head(path):
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in ("weight", "bias", "threshold")}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} must be an .npz with weight, bias and threshold ({error})") from None
+    kinds = dict(weight=("fiu", 1), bias=("fiu", 0), threshold=("fiu", 0))
+    arrays = load_arrays(path, kinds, "must be an .npz with weight, bias and threshold")
     return Head("blocked", arrays, f"content head {path}")
 
 
@@ -88,9 +90,9 @@ def train_filter(embedder, settings):
     """Allowed and blocked examples -> a Head, its note with the cross-validated precision and recall."""
     if not settings.allow or not settings.block:
         raise UserError("content.allow and content.block belong together: name examples of both")
-    allowed = embedder(open_source(settings.allow)).astype(np.float64)
-    blocked = embedder(open_source(settings.block)).astype(np.float64)
-    x = np.concatenate([allowed, blocked])
+    allowed, _ = embed_examples(embedder, open_source(settings.allow), settings.allow, FOLDS)
+    blocked, _ = embed_examples(embedder, open_source(settings.block), settings.block, FOLDS)
+    x = np.concatenate([allowed, blocked]).astype(np.float64)
     y = np.repeat([0.0, 1.0], [len(allowed), len(blocked)])
     p = held_out_scores(x, y, logistic=True)
     num_missed = min(int((1 - settings.recall) * len(blocked)), len(blocked) - 1)
@@ -108,16 +110,18 @@ def train_aesthetics(embedder, ratings_file):
     paths = []
     ratings = []
     try:
-        with open(ratings_file, newline="", encoding="utf-8") as file:
-            for line in csv.DictReader(file):
-                paths.append(os.path.join(os.path.dirname(ratings_file), line["path"]))
+        with open_regular(ratings_file) as file:
+            for line in csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline="")):
+                paths.append(check_name(os.path.join(os.path.dirname(ratings_file), line["path"])))
                 ratings.append(float(line["rating"]))
-        if not ratings:
-            raise ValueError("no ratings")
-    except (OSError, KeyError, ValueError) as error:
+        if not ratings or not (np.abs(ratings) <= 1e15).all():
+            raise ValueError("no ratings, or one that is no number up to 1e15")
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{ratings_file} must be a CSV with columns path and rating ({error!r})") from None
-    x = embedder(ImageFiles([Entry(path) for path in paths])).astype(np.float64)
-    y = np.array(ratings)
+    images = ImageFiles([Entry(path) for path in paths])
+    x, readable = embed_examples(embedder, images, ratings_file, FOLDS)
+    x = x.astype(np.float64)
+    y = np.array(ratings)[readable]
     ranks = [np.argsort(np.argsort(values)) for values in (held_out_scores(x, y, logistic=False), y)]
     correlation = np.corrcoef(ranks)[0, 1]
     weight, bias = fit_linear(x, y, logistic=False)
@@ -156,11 +160,11 @@ def apply_head(head, x):
     return sigmoid(scores) if "threshold" in head else scores
 
 
-def held_out_scores(x, y, logistic, folds=5):
+def held_out_scores(x, y, logistic):
     """The score of each example (n,) from a head that was fitted without it."""
     scores = np.empty(len(y))
-    fold_of = np.random.default_rng(0).permutation(len(y)) % folds
-    for fold in range(folds):
+    fold_of = np.random.default_rng(0).permutation(len(y)) % FOLDS
+    for fold in range(FOLDS):
         held_out = fold_of == fold
         weight, bias = fit_linear(x[~held_out], y[~held_out], logistic)
         scores[held_out] = x[held_out] @ weight + bias

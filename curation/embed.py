@@ -7,6 +7,7 @@ import torch
 
 import config
 from config import UserError
+from curation.manifest import load_arrays
 from curation.pieces import cache_key, files_key, run_jobs
 from curation.vectors import unit_rows
 from data import normalize
@@ -26,6 +27,10 @@ def embed(state):
         state.notes.append("no features.weights or features.embeddings: what needs features is off")
         return
     state.embedder = open_embedder(state.cfg.features)
+    num_rows = getattr(state.embedder, "num_rows", None)
+    if num_rows not in (None, state.num_source, state.num_images):
+        file = state.cfg.features.embeddings
+        raise UserError(f"{file} has {num_rows} rows for {state.num_images} images: make it anew, with paths")
     state.key = cache_key(state.key, state.embedder.key)
     state.embedded = np.flatnonzero(state.why == 0)
     folder = state.work / f"features-{state.key}"
@@ -79,6 +84,18 @@ def concatenate(files, whole, width):
             out.write(np.load(file).tobytes())
 
 
+def embed_examples(embedder, images, name, at_least=1):
+    """A data set -> features (n, width) of what can be read, and whether each image can, bool (len(images),).
+
+    UserError, which calls the data set `name`, if these are fewer than `at_least`.
+    """
+    x = embedder(images)
+    readable = x.any(1)
+    if readable.sum() < at_least:
+        raise UserError(f"{name} has {readable.sum()} images that can be read, needed are {at_least}")
+    return x[readable], readable
+
+
 # ---------------------------------------------------------------- from images to vectors
 
 
@@ -123,22 +140,19 @@ class StoredEmbeddings:
     def __init__(self, file):
         self.file = file
         self.key = files_key(file)
-        names = []
-        try:
-            content = np.load(file, mmap_mode="r")
-            if isinstance(content, np.lib.npyio.NpzFile):
-                self.vectors = content["cls"]
-                names = content["paths"]
-            else:
-                self.vectors = content
-            self.width = self.vectors.shape[1]
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise UserError(f"{file} must hold rows: .npy, or .npz of cls and paths ({error})") from None
-        self.row_of = {canonical_name(name): row for row, name in enumerate(names)}
+        kinds = dict(cls=("fiu", 2), paths=("SU", 1))
+        arrays = load_arrays(file, kinds, "must hold rows: .npy, or .npz of cls and paths", "cls")
+        self.vectors = arrays["cls"]
+        self.width = self.vectors.shape[1]
+        self.num_rows = None if "paths" in arrays else len(self.vectors)  # to be compared with the pile
+        self.row_of = {canonical_name(name): row for row, name in enumerate(arrays.get("paths", ()))}
+        if "paths" in arrays and not len(self.vectors) == len(arrays["paths"]) == len(self.row_of):
+            raise UserError(f"{file} must have as many rows as paths, and each path once: make it anew")
 
     def __call__(self, images, numbers=None):
         """numbers (n,) of the images in the pile; None for others, e.g. seeds."""
-        vectors = np.asarray(self.vectors[self.find_rows(images, numbers)], np.float32)
+        with np.errstate(over="ignore"):
+            vectors = np.asarray(self.vectors[self.find_rows(images, numbers)], np.float32)
         if not np.isfinite(vectors).all():
             raise UserError(f"{self.file} holds numbers that are not finite: make it anew")
         return unit_rows(torch.from_numpy(vectors))
@@ -155,6 +169,6 @@ class StoredEmbeddings:
 
 def canonical_name(name):
     """One name for one image, however it is written: an absolute path; in a shard, without the extension."""
-    file, separator, member = str(name).partition("::")
+    file, separator, member = os.fsdecode(name).partition("::")
     folder, base = os.path.split(member)
     return os.path.abspath(file) + separator + os.path.join(folder, base.split(".")[0])

@@ -2,6 +2,7 @@
 
 A row holds the image's place (`path`, or `shard` and `key`; `at`: offset and size there), its label, SHA-256,
 size and format, four scores from 0 on, and two perceptual hashes; or why it cannot be read.
+A damaged shard has a row of its own, after those of its images.
 """
 
 import hashlib
@@ -11,14 +12,14 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
-from config import UserError
 from curation.manifest import load_bytes
-from curation.pieces import LOOSE_FILE, NO_IMAGE, list_entries, run_jobs
+from curation.pieces import list_entries, run_jobs
 from runfolder import atomic_write_text
-from sources import BadImage, decode_image, to_rgb
+from sources import LOOSE_FILE, NO_IMAGE, BadImage, decode_image, to_rgb
 
 THUMBNAIL = 128  # pixels, at least, of the short side of the grey picture on which everything is measured
-EXIF_ORIENTATION = 0x0112  # values above 4: the pixels lie on their side
+EXIF_ORIENTATION = 0x0112
+LYING = (5, 6, 7, 8)  # its values for pixels that lie on their side; a hostile file may hold anything
 
 
 def ingest(state):
@@ -26,10 +27,10 @@ def ingest(state):
 
     def job(index):
         piece = state.pieces[index]
-        try:
-            rows = [examine(entry) for entry in list_entries(piece)]
-        except UserError as error:  # not a tar file: costs this shard, not the run
-            rows = [dict(path=os.path.abspath(piece), label=None, why="unreadable", detail=str(error))]
+        entries, damage = list_entries(piece)
+        rows = [examine(entry) for entry in entries]
+        if damage:  # a row of the shard itself, without a place in it
+            rows.append(dict(path=os.path.abspath(piece), label=None, why="unreadable", detail=damage))
         lines = [json.dumps(row) + "\n" for row in rows]
         atomic_write_text(state.row_files[index], "".join(lines))
 
@@ -42,7 +43,7 @@ def examine(entry):
     """One image -> its row."""
     name, label, offset, size = entry
     shard, _, member = name.partition("::")
-    if offset == LOOSE_FILE or not member:
+    if offset == LOOSE_FILE:
         row = dict(path=os.path.abspath(name))
     else:
         folder, base = os.path.split(member)
@@ -65,7 +66,7 @@ def measure(image):
     ("draft"), brightness only.
     """
     width, height = image.size
-    if image.getexif().get(EXIF_ORIENTATION, 1) > 4:
+    if image.getexif().get(EXIF_ORIENTATION) in LYING:
         width, height = height, width
     image_format = image.format.replace("MPO", "JPEG")  # a camera's JPEG that holds several pictures
     image.draft("L", (THUMBNAIL, THUMBNAIL))

@@ -6,6 +6,8 @@ Memory: the rows of one piece, and under 800 bytes for each image.
 """
 
 import json
+import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from config import UserError
-from curation.pieces import cache_key, files_key, piece_key, split_source
+from curation.pieces import cache_key, files_key, piece_files, piece_key, split_source
 from distributed import all_reduce_ints, broadcast_object, rank
 from runfolder import atomic_open
+from sources import LOOSE_FILE, MAX_FILE_BYTES, open_regular
 
 REASONS = ("kept", "unreadable", "small", "long", "dark", "bright", "flat", "blurred", "exact duplicate",
            "near duplicate", "feature duplicate", "leak", "ugly", "blocked", "not retrieved",
@@ -52,11 +55,22 @@ class Curation:
         self.num_source_pieces = len(self.pieces)
         for uri in filter(None, cfg.dedup.evaluation.split(";")):
             self.pieces += split_source(uri.strip(), cfg.ingest.piece)
+        self.refuse_own_results(source)
         names = [f"{index:06d}-{piece_key(piece)}.jsonl" for index, piece in enumerate(self.pieces)]
         self.row_files = [self.work / "ingest" / name for name in names]
         self.embedder = None  # set by embed(), with the two below
         self.embedded = None  # (m,) numbers of the images that have features
         self.features = None  # (m, D) float16, on the disk
+
+    def refuse_own_results(self, source):
+        """UserError if an image, or the list of them, is what this curation would overwrite."""
+        places = {os.path.expanduser(source.strip().partition(":")[2])}
+        for piece in self.pieces:
+            places |= set(map(os.path.dirname, piece_files(piece)))
+        places = set(map(os.path.realpath, places))
+        for name in ("shards", "manifest.jsonl"):
+            if os.path.realpath(self.out / name) in places:
+                raise UserError(f"{self.out / name} is read, and would be overwritten: take another OUT")
 
     def read_rows(self, index):
         """The rows of piece number `index`, as ingest wrote them: dicts."""
@@ -74,7 +88,12 @@ class Curation:
 
     def read_columns(self):
         """Fill the columns from the rows that ingest wrote."""
-        columns = [columns_of(self.read_rows(index)) for index in range(len(self.pieces))]
+        columns = []
+        damaged = []
+        for index in range(len(self.pieces)):
+            rows = self.read_rows(index)
+            columns.append(columns_of(rows))
+            damaged += [f"{row['path']}: {row['detail']}" for row in rows if "at" not in row]
         self.piece_starts = np.cumsum([0, *(len(piece["why"]) for piece in columns)])
         self.num_images = int(self.piece_starts[-1])
         self.num_source = int(self.piece_starts[self.num_source_pieces])
@@ -85,6 +104,11 @@ class Curation:
         self.domain = np.full(self.num_images, -1)
         self.blocked = np.full(self.num_images, np.nan, np.float32)
         self.aesthetics = np.full(self.num_images, np.nan, np.float32)
+        if damaged:
+            self.notes.append(f"{len(damaged)} shards are damaged: {'; '.join(damaged[:10])}")
+        lost = np.count_nonzero(self.why[self.num_source :])
+        if lost:
+            self.notes.append(f"{lost} evaluation images are unreadable: what resembles them is not found")
         self.key = cache_key(self.key, [file.name for file in self.row_files])
         self.record("ingest")
 
@@ -96,9 +120,10 @@ class Curation:
         """
         keys = []
         for uri in files:
-            if ":" in uri:
+            if os.path.exists(uri) or ":" not in uri:
+                keys.append(files_key(uri))
+            else:
                 keys += [piece_key(piece) for piece in split_source(uri, 1000)]
-        keys += [files_key(file) for file in files if ":" not in file]
         self.key = cache_key(self.key, name, asdict(settings), keys)
         path = self.work / f"{name}-{self.key}.npz"
         if not broadcast_object(path.exists()):
@@ -148,11 +173,39 @@ def save_arrays(path, arrays):
     all_reduce_ints(0)
 
 
+def load_arrays(path, kinds, wanted, alone=None):
+    """An .npz of such arrays, or, memory-mapped, an .npy of the one called `alone` -> {name: array}.
+
+    kinds: {name: (letters of NumPy's kinds, number of dimensions)}. Raises UserError: "`path` `wanted`".
+    """
+    try:
+        open_regular(path, limit=math.inf).close()  # NumPy would wait for a pipe
+        arrays = np.load(path, mmap_mode="r")
+        if isinstance(arrays, np.ndarray):
+            arrays = {alone: arrays}
+        else:
+            unpacked = sum(info.file_size for info in arrays.zip.infolist())
+            if unpacked > 20 * os.path.getsize(path) + 1_000_000:
+                raise ValueError(f"it unpacks to {unpacked:,} bytes")
+            with arrays:
+                arrays = {name: arrays[name] for name in kinds}
+        for name, array in arrays.items():
+            letters, dimensions = kinds[name]
+            if array.dtype.kind not in letters or array.ndim != dimensions or 0 in array.shape:
+                raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
+    except Exception as error:  # NumPy's readers raise almost anything when a file is damaged
+        raise UserError(f"{path} {wanted} ({error!r:.200})") from None
+    return arrays
+
+
 def load_bytes(row):
-    """The file of an image as it was, read in place."""
+    """The file of an image as it was, read in place. Raises OSError."""
     offset, size = row["at"]
-    with open(row.get("path") or row["shard"], "rb") as file:
-        if offset < 0:  # a file of its own
+    if offset == LOOSE_FILE:
+        with open_regular(row["path"]) as file:
             return file.read()
+    if not 0 <= size <= MAX_FILE_BYTES:
+        raise OSError(f"it has {size:,} bytes, the limit is {MAX_FILE_BYTES:,}")
+    with open_regular(row["shard"], limit=math.inf) as file:
         file.seek(offset)
         return file.read(size)

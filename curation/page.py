@@ -13,16 +13,18 @@ import base64
 import html
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 import config
+from config import UserError, parse_json
 from curation.manifest import SCORES, load_bytes
 from curation.quality import threshold
 from runfolder import atomic_write_text
-from sources import BadImage, decode_image
+from sources import BadImage, decode_image, open_regular
 
 SHEET = 16  # images on a sheet
 SIDE = 112  # of a thumbnail, in pixels
@@ -43,10 +45,11 @@ figure{display:inline-block;margin:.5em 1em .5em 0}"""
 
 def curation_report(out):
     """OUT/manifest.jsonl and OUT/funnel.json -> OUT/funnel.html."""
-    facts = json.loads((out / "funnel.json").read_text())
+    with open_regular(out / "funnel.json") as file:
+        facts = parse_json(file.read())
     groups, scores = survey(out)
     parts = ["<h1>The funnel</h1>", stage_table(facts["stages"])]
-    parts += [f"<p>{html.escape(note)}</p>" for note in facts["notes"]]
+    parts += [f"<p>{escape(note)}</p>" for note in facts["notes"]]
     parts.append("<h2>Scores</h2><p>Of all readable images; the red line is the threshold.</p>")
     for name, values in scores.items():
         if values:
@@ -59,7 +62,7 @@ def curation_report(out):
         every = -(-len(clusters) // SHOWN_CLUSTERS)
         parts.append(sheet([groups[name][:SHOWN_OF_CLUSTER] for name in clusters[::every]]))
     settings = json.dumps(facts["settings"], indent=1)
-    parts.append(f"<h2>Settings</h2><pre>{html.escape(settings)}</pre>")
+    parts.append(f"<h2>Settings</h2><pre>{escape(settings)}</pre>")
     head = f"<!doctype html><meta charset=utf-8><title>Funnel</title><style>{STYLE}</style>"
     atomic_write_text(out / "funnel.html", head + "\n".join(parts))
 
@@ -69,8 +72,8 @@ def curation_report(out):
 
 def read_manifest(out, name="manifest"):
     """Yields the rows of OUT/manifest.jsonl, or of evaluation.jsonl."""
-    with open(out / f"{name}.jsonl", encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+    with open_regular(out / f"{name}.jsonl", limit=math.inf) as lines:
+        yield from map(parse_json, lines)
 
 
 def survey(out):
@@ -116,6 +119,11 @@ def find_partners(out, groups):
 # ---------------------------------------------------------------- to HTML
 
 
+def escape(text):
+    """What a file says -> text for HTML; bytes in its name that are no UTF-8 as \\udcff."""
+    return html.escape(str(text).encode("utf-8", "backslashreplace").decode())
+
+
 def stage_table(stages):
     """[stage, images left, {reason: images so far}] of each stage -> the funnel as a table."""
     total = max(sum(stages[0][2].values()), 1)
@@ -128,8 +136,8 @@ def stage_table(stages):
             if reason != "kept" and new > 0:
                 dropped.append(f"{new:,d} {reason}")
         bar = f'<div class="bar" style="width:{300 * left / total:.0f}px"></div>'
-        dropped = ", ".join(dropped)
-        lines.append(f"<tr><td>{name}<td>{left:,d}<td>{bar}<td style='text-align:left'>{dropped}")
+        dropped = escape(", ".join(dropped))
+        lines.append(f"<tr><td>{escape(name)}<td>{left:,d}<td>{bar}<td style='text-align:left'>{dropped}")
         before = reasons
     return f"<table><tr><th>stage<th>images left<th><th>dropped here{''.join(lines)}</table>"
 
@@ -158,7 +166,7 @@ def histogram(name, values, cut):
             x = BAR * BINS * (red - edges[0]) / (edges[-1] - edges[0])
             shapes.append(f'<path d="M{x:.1f} 0v{HEIGHT}" stroke="#c00" stroke-width="2"/>')
     drawing = f'<svg width="{BAR * BINS}" height="{HEIGHT}">{"".join(shapes)}</svg>'
-    return f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def reason_sheets(out, facts, groups):
@@ -171,10 +179,10 @@ def reason_sheets(out, facts, groups):
         if not group:
             continue
         caption = "; below each, what it resembles" if reason in PAIRED else ""
-        parts.append(f"<h3>{reason}</h3><small>{len(group)} of {totals[reason]:,d}{caption}</small>")
+        parts.append(f"<h3>{escape(reason)}</h3><small>{len(group)} of {totals[reason]:,d}{caption}</small>")
         if reason == "unreadable":
             lines = [f"{row.get('path', row.get('key'))}: {row['detail']}" for row in group]
-            parts.append("<br>".join(map(html.escape, lines)))
+            parts.append("<br>".join(map(escape, lines)))
             continue
         lines = [group]
         if reason in PAIRED:
@@ -212,7 +220,12 @@ def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m curation.page", description=__doc__, formatter_class=form)
     parser.add_argument("out", type=Path, help="the folder that a curation has written")
-    curation_report(parser.parse_args().out)
+    out = parser.parse_args().out
+    try:
+        curation_report(out)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        problem = f"{out} holds no result of a curation that can be drawn ({error!r:.200})"
+        raise UserError(f"{problem}: run the curation again") from error
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ atomically and named by a hash of everything it depends on (`cache_key`). So a r
 where it stopped, and whatever changes is computed again.
 """
 
+import glob
 import hashlib
 import os
-from glob import glob
 from typing import NamedTuple
 
 from torch.utils.data import DataLoader
@@ -15,15 +15,16 @@ from tqdm import tqdm
 
 from config import UserError
 from distributed import all_reduce_ints, rank, world_size
-from sources import Entry, ImageFiles, expand_braces, index_tar, open_source
+from sources import LOOSE_FILE, Entry, ImageFiles, expand_braces, index_tar, open_source
 
-VERSION = 1  # of what the stages compute: raise it, and no old result is used again
-LOOSE_FILE = -1  # offset of an image that is a file of its own
-NO_IMAGE = -2  # offset of a sample whose shard holds no complete image
+VERSION = 2  # of what the stages compute: raise it, and no old result is used again
 
 
 class FileRange(NamedTuple):
-    """A piece of files: numbers first to end - 1 of `images`. All other pieces are paths of shards."""
+    """A piece of files: numbers first to end - 1 of `images`, and those of `images.dropped` follow.
+
+    All other pieces are paths of shards.
+    """
 
     images: ImageFiles
     first: int
@@ -38,15 +39,16 @@ def split_source(uri, size):
     images = open_source(uri)
     if not isinstance(images, ImageFiles):
         raise UserError(f"{uri} is no pile of files: write folder:, list: or tar: and a path")
-    starts = range(0, len(images), size)
-    return [FileRange(images, start, min(start + size, len(images))) for start in starts]
+    total = len(images) + len(images.dropped)
+    return [FileRange(images, start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def list_shards(pattern):
     """A folder, or a path with * or {000..010} -> its tar shards, in order."""
     shards = []
     for path in expand_braces(pattern):
-        found = sorted(glob(f"{path}/*.tar" if os.path.isdir(path) else path))
+        wanted = f"{glob.escape(path)}/*.tar" if os.path.isdir(path) else path
+        found = [path] if os.path.isfile(path) else sorted(glob.glob(wanted))
         if not found:
             raise UserError(f"tar:{path} names no shard: give a folder, a pattern or {{000..010}}.tar")
         shards += found
@@ -54,23 +56,20 @@ def list_shards(pattern):
 
 
 def list_entries(piece):
-    """A piece -> [Entry], whose offset is LOOSE_FILE, NO_IMAGE or a place in the shard. UserError: no tar."""
+    """A piece -> [Entry] and, if it is a shard, its damage in words, or ""."""
+    if not isinstance(piece, FileRange):
+        try:
+            samples, damage = index_tar(piece)  # one pass over the headers: a shard is never unpacked
+        except UserError as error:  # costs this shard, not the run
+            return [], str(error)
+        return list(samples.values()), damage
+    images = piece.images
     entries = []
-    if isinstance(piece, FileRange):
-        images = piece.images
-        for i in range(piece.first, piece.end):
-            label = images.labels[i].item()
-            if label < 0:
-                label = None
-            elif images.classes:
-                label = images.classes[label]
-            entries.append(Entry(images.name(i), label, images.offsets[i].item(), images.sizes[i].item()))
-        return entries
-    for key, entry in index_tar(piece).items():  # one pass over the headers: a shard is never unpacked
-        if not entry.name:
-            entry = entry._replace(name=f"{piece}::{key}", offset=NO_IMAGE)
-        entries.append(entry)
-    return entries
+    for i in range(piece.first, min(piece.end, len(images))):
+        label = images.classes[images.labels[i]] if images.labels[i] >= 0 else None
+        entries.append(Entry(images.name(i), label, images.offsets[i].item(), images.sizes[i].item()))
+    dropped = slice(max(piece.first - len(images), 0), max(piece.end - len(images), 0))
+    return entries + images.dropped[dropped], ""
 
 
 # ---------------------------------------------------------------- names of results
@@ -93,25 +92,32 @@ def size_and_time(file):
     return status.st_size, status.st_mtime_ns
 
 
+def piece_files(piece):
+    """The files of a piece, each once, in order."""
+    if not isinstance(piece, FileRange):
+        return [piece]
+    names = []
+    for entry in list_entries(piece)[0]:
+        names.append(entry.name if entry.offset == LOOSE_FILE else entry.name.partition("::")[0])
+    return list(dict.fromkeys(names))
+
+
 def piece_key(piece):
-    names = [piece]
-    if isinstance(piece, FileRange):
-        names = [piece.images.name(i) for i in range(piece.first, piece.end)]
-    files = dict.fromkeys(name.partition("::")[0] for name in names)  # each once, in order
-    return cache_key(VERSION, names, files_key(*files))
+    content = list_entries(piece)[0] if isinstance(piece, FileRange) else piece
+    return cache_key(VERSION, content, files_key(*piece_files(piece)))
 
 
 def run_jobs(job, numbers, workers):
     """Call job(number) for this process's share of the list `numbers`, in `workers` processes of its own.
 
-    Returns when all processes are done. Raises UserError if a job did.
+    Returns when all processes are done. Raises UserError or OSError if a job did.
     """
 
     def call(batch):
         try:
             job(batch[0])
-        except UserError as error:  # returned as text; anything else is a bug and comes with its traceback
-            return str(error)
+        except (UserError, OSError) as error:  # anything else is a bug and comes with its traceback
+            return error
 
     mine = numbers[rank() :: world_size()]
     loader = ()
@@ -119,5 +125,5 @@ def run_jobs(job, numbers, workers):
         loader = DataLoader(mine, batch_size=1, collate_fn=call, num_workers=min(workers, len(mine)))
     for problem in tqdm(loader, disable=None if rank() == 0 else True, leave=False):
         if problem:
-            raise UserError(problem)
+            raise problem
     all_reduce_ints(0)  # wait for the other processes

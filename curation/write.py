@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import tarfile
 from dataclasses import asdict
 from io import BytesIO
@@ -19,8 +20,9 @@ def write(state):
     """OUT/shards/*.tar, manifest.jsonl, evaluation.jsonl (the evaluation sets' rows), funnel.json, .html."""
     num_shards = write_shards(state)
     if rank() == 0:
-        for old in sorted((state.out / "shards").glob("*.tar"))[num_shards:]:  # of a run here that kept more
-            old.unlink()
+        for old in (state.out / "shards").glob("*.tar"):  # of a run here that kept more
+            if old.stem.isdecimal() and int(old.stem) >= num_shards:
+                old.unlink()
         write_manifest(state, "manifest", range(state.num_source_pieces))
         write_manifest(state, "evaluation", range(state.num_source_pieces, len(state.pieces)))
         settings = {name: asdict(section) for name, section in vars(state.cfg).items()}
@@ -54,14 +56,18 @@ def write_shard(file, numbered_rows):
     """Samples as sources.py and webdataset know them: key.jpg (the bytes as they were), key.cls, key.json."""
     with tarfile.open(None, "w", file, format=tarfile.USTAR_FORMAT) as tar:
         for number, row in numbered_rows:
-            data = load_bytes(row)
+            name = row.get("path") or "{shard}::{key}".format(**row)
+            try:
+                data = load_bytes(row)
+            except OSError as error:
+                raise UserError(f"{name} can no longer be read ({error}): take a new OUT") from None
             if hashlib.sha256(data).hexdigest() != row["sha256"]:
-                raise UserError(f"{row.get('path') or row} has changed since ingest: take a new OUT")
+                raise UserError(f"{name} has changed since ingest: take a new OUT")
             about = {key: value for key, value in row.items() if key != "at"}
             extension = row["format"].lower().replace("jpeg", "jpg")
             members = {extension: data, "json": json.dumps(about).encode()}
             if row["label"] is not None:
-                members["cls"] = str(row["label"]).encode()
+                members["cls"] = os.fsencode(row["label"])
             for extension, content in members.items():
                 member = tarfile.TarInfo(f"{number:09d}.{extension}")  # with constant time, owner and mode
                 member.size = len(content)

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
 from helpers import TWO_RANKS, Bomb, child_environment, torchrun
 from packaging.version import Version
+from torch.distributed.checkpoint.api import CheckpointException
 
 import checkpoint
 from config import UserError
@@ -100,6 +102,9 @@ DAMAGES = {  # the reason that must be told, what to do to the folder of a check
     "has 0 bytes": lambda path: next(path.glob("*.distcp")).write_bytes(b""),
     "manifest.json is missing": lambda path: (path / "manifest.json").unlink(),
     "manifest.json is unreadable": lambda path: (path / "manifest.json").write_text('{"files": {'),
+    "unreadable (ValueError)": lambda path: (path / "manifest.json").write_text("[" * 100_000),
+    "unreadable (TypeError)": lambda path: (path / "manifest.json").write_text("null"),
+    "unreadable (AttributeError)": lambda path: (path / "manifest.json").write_text('{"files": []}'),
     "manifest.json lists too few": lambda path: (path / "manifest.json").write_text('{"files": {}}'),
     ".metadata is missing": lambda path: (path / ".metadata").unlink(),
     "interrupted": lambda path: path.rename(path.with_name(f".{path.name}.partial")),
@@ -191,8 +196,51 @@ def test_a_full_disk_is_one_sentence_and_spoils_nothing(tmp_path):
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert "step_00000002 could not be written" in first and "could not be written" in second
+    for sentence in (first, second):
+        assert "step_00000002 could not be written (OSError: [Errno 27] File too large)" in sentence
+        assert "the earlier ones are intact: make room" in sentence
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_a_full_disk_of_another_rank_is_named_too():
+    """Its error comes without the one that caused it: torch's own words would mean nothing to anybody."""
+
+    def fail():
+        raise CheckpointException("save", {1: (RuntimeError("unexpected pos 704 vs 598"), None)})
+
+    assert checkpoint.try_call(fail) == "a file could not be written to its end: is the disk full?"
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", '"text"', "[" * 100_000])
+def test_meta_of_a_wrong_shape_is_one_sentence(content, tmp_path):
+    path = save(tmp_path, 1, make_state(1))
+    (path / "meta.json").write_text(content)
+    with pytest.raises(UserError, match="step_00000001 cannot be read .ValueError: "):
+        checkpoint.load_checkpoint(path, make_state(0))
+
+
+def test_a_run_folder_that_is_gone_is_not_made_again(tmp_path):
+    writer = checkpoint.CheckpointWriter()
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="the run folder is gone, deleted or moved") as error:
+        writer.start(run / "checkpoints", 1, make_state(1))
+    assert "intact" not in str(error.value)
+    assert not run.exists()
+
+
+def test_a_save_is_due_when_the_last_is_long_ago_and_done(tmp_path):
+    writer = checkpoint.CheckpointWriter()
+    assert not writer.is_overdue(15)
+    writer.last_start -= 15 * 60
+    assert writer.is_overdue(15)
+    assert not writer.is_overdue(0), "0 minutes turn it off"
+    writer.start(tmp_path, 1, make_state(1))
+    assert not writer.is_overdue(15)
+    writer.wait()
+    writer.last_start -= 15 * 60
+    assert writer.is_overdue(15)
+    writer.saving = Future()  # it goes on
+    assert not writer.is_overdue(15), "a slow disk must not hold up the training"
 
 
 def test_an_unwritable_folder_is_one_sentence(tmp_path):

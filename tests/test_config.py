@@ -205,6 +205,8 @@ WRONG = [  # setting, words of the sentence
     ("optim.scaling_rule=linear_wrt_256", "only 'sqrt_wrt_1024' is implemented: remove the line"),
     ("crops.blur=[0, 2, 1]", "one of as_executed, as_written, or a number from 0 to 1"),
     ("crops.global_crops_size=225", "no multiple of student.patch_size 16"),
+    ("crops.global_crops_size=4", "crops.global_crops_size must be 5 or more"),
+    ("crops.local_crops_size=4", "crops.local_crops_size must be 5 or more"),
     ("crops.local_crops_size=100", "no multiple of student.patch_size 16"),
     ("dino.koleo_group=48", "dino.koleo_group 48 must divide train.batch_size_per_gpu 64"),
     ("optim.epochs=3", "optim.warmup_epochs 10 is longer than the run, optim.epochs 3"),
@@ -212,12 +214,29 @@ WRONG = [  # setting, words of the sentence
         "ibot.mask_ratio_min_max=[0.5, 0.1]",
         "ibot.mask_ratio_min_max [0.5, 0.1] must name the smaller number first",
     ),
+    ("student.interpolate_offset=1", "must be a number from 0 to 0.999999"),
+    ("optim.adamw_beta1=1", "must be a number from 0 to 0.999999"),
+    ("optim.adamw_beta2=1", "must be a number from 0 to 0.999999"),
+    ("dino.head_n_prototypes=1", "must be a whole number, 2 or more"),
+    ("ibot.head_n_prototypes=1", "must be a whole number, 2 or more"),
+    ("dino.head_nlayers=1e9", "from 1 to 100"),
+    ("ibot.head_nlayers=1e9", "from 1 to 100"),
+    ("speed.threads=1e6", "from 0 to 1024"),
+    ("train.num_workers=5000", "from 0 to 1024"),
+    ("crops.global_crops_size=8e9", "a number of pixels from 1 to 65535"),
+    ("crops.local_crops_size=8e9", "a number of pixels from 1 to 65535"),
+    ("student.patch_size=0", "a number of pixels from 1 to 65535"),
+    ("student.pos_embed_size=8e14", "a number of pixels up to 65535, or 0"),
+    ("evaluation.image_size=8e9", "a number of pixels up to 65535, or 0"),
+    ("evaluation.resize_size=8e9", "a number of pixels up to 65535, or 0"),
+    ('train.output_dir="a\\0b"', "text without NUL"),
+    ("optim.base_lr=" + "[" * 100_000, "optim.base_lr is not valid plain YAML: it is nested too deeply"),
     ("optim.base_lr=[", "not valid plain YAML"),
     ("optim.base_lr=!!python/object/apply:os.system ['touch /tmp/owned']", "not valid plain YAML"),
 ]
 
 
-@pytest.mark.parametrize("setting, words", WRONG, ids=[w[0] for w in WRONG])
+@pytest.mark.parametrize("setting, words", WRONG, ids=[w[0][:60] for w in WRONG])
 def test_a_mistake_is_one_sentence_with_culprit_and_remedy(setting, words):
     with pytest.raises(UserError) as caught:
         config.load(overrides=[setting])
@@ -228,21 +247,40 @@ FILES = [
     ("train: [1, 2]", "must hold sections"),
     ("- a\n- b", "must hold sections"),
     ("just words", "must hold sections"),
+    ("[]", "must hold sections"),
+    ("train: false", "must hold sections"),
     ("train:\n  seed: [1\n", "not valid plain YAML"),
     ("train:\n\tseed: 1", "not valid plain YAML"),
     ("train: !!python/object/apply:os.system ['touch /tmp/owned']", "python/object"),
     ("tarin: {seed: 1}", "no setting tarin.seed (given as 1); the nearest is train.seed"),
     ("1: {2: 3}", "no setting 1.2"),
     ("\x00", "not valid plain YAML"),
+    ("[" * 100_000, "theirs.yaml is not valid plain YAML: it is nested too deeply"),
 ]
 
 
-@pytest.mark.parametrize("content, words", FILES, ids=[w[0] for w in FILES])
+@pytest.mark.parametrize("content, words", FILES, ids=[w[0][:60] for w in FILES])
 def test_a_bad_file_is_one_sentence(content, words, tmp_path):
     with pytest.raises(UserError) as caught:
         config.load(written(tmp_path, content))
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not Path("/tmp/owned").exists()
+
+
+def test_a_value_that_is_endless_in_print_is_cut():
+    """Each list holds the one before it twice: a few bytes of YAML, a million of text."""
+    lists = ["&a0 [x]"] + [f"&a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 20)]
+    for name in ("optim.base_lr", "optim.nothing", "optim.scaling_rule"):
+        with pytest.raises(UserError) as caught:
+            config.load(overrides=[f"{name}=[{', '.join(lists)}]"])
+        assert name in str(caught.value)
+        assert len(str(caught.value)) < 1000
+
+
+def test_a_run_of_no_step_is_refused():
+    spans = ["warmup_epochs", "freeze_last_layer_epochs"]
+    with pytest.raises(UserError, match="is not even one step"):
+        config.load(overrides=["optim.epochs=1e-4", *(f"optim.{name}=0" for name in spans)])
 
 
 def test_missing_files_and_models(tmp_path):
@@ -324,8 +362,9 @@ def test_the_student_s_temperature_divides_its_logits():
     assert torch.allclose(*losses) and losses[0] > 0
 
 
-def test_knn_uses_its_number_of_neighbours_and_its_batch_size():
+def test_knn_uses_its_number_of_neighbours_and_its_batch_size(monkeypatch):
     """An image that is in the bank is its own nearest neighbour; all images together outvote it."""
+    monkeypatch.setattr("eval_knn.check_overlap", lambda *args: None)
     images = ["evaluation.train_path=scenes:40", "evaluation.test_path=scenes:40", "train.num_workers=0"]
     cfg = laptop(*images, "evaluation.batch_size=7")
     torch.manual_seed(0)

@@ -374,6 +374,23 @@ def test_what_cannot_be_a_path_is_one_sentence(tmp_path, path):
         open_source(f"list:{tmp_path}/m.jsonl")
 
 
+def test_patterns_and_names_that_cannot_be_shards(tmp_path):
+    with pytest.raises(UserError, match="more than 1,000,000 shards"):
+        open_source("tar:{0..999999999999}.tar")
+    (tmp_path / "a::b").mkdir()
+    write_tar(tmp_path / "a::b" / "t.tar", [("x.png", encode(flat_image()))])
+    with pytest.raises(UserError, match="rename it"):
+        open_source(f"tar:{tmp_path}/a::b/t.tar")
+
+
+def test_one_long_name_costs_only_itself(tmp_path):
+    """Names of one length would take 4 KB each here."""
+    entries = [sources.Entry(f"{i}.png") for i in range(20_000)]
+    images = sources.ImageFiles([*entries, sources.Entry("x" * 4000), sources.Entry("last")])
+    assert [images.name(i) for i in (0, 19_999, 20_000, 20_001)] == ["0.png", "19999.png", "x" * 4000, "last"]
+    assert len(images.joined_names) < 200_000
+
+
 def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(encode(flat_image()))

@@ -197,11 +197,59 @@ def test_a_disk_that_fills_up_stops_a_run_with_a_sentence(forkserver, tmp_path):
     assert sentence.startswith("error: ")
     assert "could not be written" in sentence
     assert "make room" in sentence
+    assert "File too large" in sentence
     assert intact_step(folder) in (2, 4)  # that of step 4 may have been on its way
     assert all(path.name.startswith("step_") for path in (folder / "checkpoints").iterdir())
     forkserver.run(*short_run, "--resume")
     assert steps_of(complete_rows(folder)) == list(range(1, 9))
     assert (folder / "result.json").exists()
+
+
+# ---------------------------------------------------------------- signals
+
+SIGNAL_AT_STEP_5 = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+real = train.train_step
+
+def train_step(state, *args, **options):
+    if state.step == 5:
+        send()
+    return real(state, *args, **options)
+
+train.train_step = train_step
+"""
+CTRL_C = """
+def send():
+    signal.raise_signal(signal.SIGINT)
+"""
+CLOSED_TERMINAL = """
+master, terminal = os.openpty()
+os.login_tty(terminal)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+def send():
+    os.close(master)
+"""
+
+
+@pytest.mark.parametrize("how, code", [(CTRL_C, 130), (CLOSED_TERMINAL, 75)])
+def test_ctrl_c_and_a_closed_terminal_save_first(how, code, expected, forkserver, tmp_path):
+    """What the run would still print to the terminal must not stop it from saving."""
+    folder = tmp_path / "run"
+    forkserver.start(*SETTINGS, "--output-dir", folder, first=SIGNAL_AT_STEP_5 + how)
+    assert forkserver.wait() == [code]
+    assert intact_step(folder) == 6
+    forkserver.run(*SETTINGS, "--output-dir", folder, "--resume")
+    assert_undisturbed(folder, expected)
+
+
+def test_a_second_ctrl_c_does_not_save(forkserver, tmp_path):
+    twice = CTRL_C + "    signal.raise_signal(signal.SIGINT)"
+    settings = [*SETTINGS, "--output-dir", tmp_path / "run", "train.checkpoint_every=0"]
+    forkserver.start(*settings, first=SIGNAL_AT_STEP_5 + twice)
+    assert forkserver.wait() == [-signal.SIGINT]
+    assert intact_step(tmp_path / "run") == 0
 
 
 # ---------------------------------------------------------------- two processes
@@ -317,6 +365,20 @@ def test_a_node_dies_comes_back_and_the_run_goes_on(expected, started, tmp_path)
     logs = [(tmp_path / log).read_text() for log in ("first", "second", "third")]
     assert steps_printed("".join(logs)).count(1) == 1, "it began anew"
     assert_undisturbed(folder, expected)
+
+
+CLOCK_OF_RANK_0 = """
+import itertools, types, checkpoint
+minutes = itertools.count(0, 4 if os.environ["RANK"] == "0" else 1)
+checkpoint.time = types.SimpleNamespace(monotonic=lambda: 60 * next(minutes))
+"""
+
+
+def test_two_ranks_save_by_one_clock(forkserver, tmp_path):
+    """That of rank 0, wherever the other's stands: else one would save alone, and wait for ever."""
+    argv = [*SETTINGS, "--output-dir", tmp_path / "run", "train.batch_size_per_gpu=4"]
+    forkserver.run(*argv, "train.checkpoint_every=0", "train.keep_last=99", first=CLOCK_OF_RANK_0, ranks=2)
+    assert len(checkpoint.step_folders(tmp_path / "run" / "checkpoints")) > 2
 
 
 BAD_IMAGES_ON_RANK_1 = """

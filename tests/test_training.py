@@ -12,6 +12,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import (
     ROOT,
     TINY_RUN,
@@ -79,6 +80,31 @@ def test_stop_and_resume_is_bit_identical(reference, tmp_path, monkeypatch):
     assert_same_run(reference, tmp_path / "run", run_tiny(tmp_path / "run", "--resume"))
 
 
+def stop_clock(monkeypatch, minutes):
+    """Each look at the clock by checkpoint.py is so many minutes after the one before."""
+    clock = itertools.count(0, 60 * minutes)
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+
+def test_a_run_saves_by_time_and_logs_what_it_costs(reference, tmp_path, monkeypatch):
+    """Nothing else changes: the numbers are those of a run that saves at its end."""
+    settings = ["train.checkpoint_minutes=15", "train.checkpoint_every=0", "train.keep_last=99"]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    rows = run_tiny(tmp_path / "run", *settings)
+    assert [path.name for path in checkpoint.step_folders(checkpoints)] == ["step_00000010"]
+    assert not any("checkpoint_seconds" in row for row in rows)
+    shutil.rmtree(tmp_path / "run")
+    stop_clock(monkeypatch, minutes=4)
+    rows = run_tiny(tmp_path / "run", *settings)
+    saved = [int(path.name.removeprefix("step_")) for path in checkpoint.step_folders(checkpoints)]
+    assert len(saved) > 2
+    costs = [row["step"] for row in rows if row.get("checkpoint_seconds", 0) > 0]
+    assert costs == [step + 1 for step in reversed(saved[1:])]
+    assert_same_run(reference, tmp_path / "run", rows)
+    shutil.rmtree(checkpoints / "step_00000010")
+    assert_same_run(reference, tmp_path / "run", run_tiny(tmp_path / "run", *settings, "--resume"))
+
+
 V1 = ["ibot.mask_sample_probability=0", "ibot.separate_head=true", "dino.koleo_loss_weight=0",
       "student.layerscale=0", "dino.freeze_weight_g=true", "train.centering=centering"]  # fmt: skip
 
@@ -98,6 +124,46 @@ def test_resuming_a_finished_run_only_evaluates_it(reference, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
     assert run_tiny(tmp_path / "run", "--resume") == rows
     assert result_of(tmp_path / "run") == result_of(folder)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_the_teacher_of_a_finished_run_is_written_again(damage, reference, tmp_path):
+    shutil.copytree(reference[0], tmp_path / "run")
+    file = tmp_path / "run" / "teacher.pth"
+    content = file.read_bytes()
+    half = len(content) // 2
+    file.write_bytes(content[:half] + (b"" if damage == "truncated" else b"?" + content[half + 1 :]))
+    if damage == "missing":
+        file.unlink()
+    run_tiny(tmp_path / "run", "--resume")
+    assert file.read_bytes() == content
+
+
+def test_a_refused_resume_changes_nothing(reference, tmp_path):
+    """--model was forgotten, say."""
+    shutil.copytree(reference[0], tmp_path / "run")
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="of another architecture"):
+        run_tiny(tmp_path / "run", "student.num_register_tokens=2", "--resume")
+    del files[tmp_path / "run" / "lock"]  # it names the process
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_a_run_whose_folder_is_deleted_stops(tmp_path, monkeypatch):
+    """At the next write, without making it again, and without the advice to resume what is gone."""
+    real = train.train_step
+
+    def step_then_delete(state, *args, **options):
+        if state.step == 3:
+            shutil.rmtree(tmp_path / "run")
+        assert state.step < 4, "it should have stopped"
+        return real(state, *args, **options)
+
+    monkeypatch.setattr(train, "train_step", step_then_delete)
+    with pytest.raises(UserError, match="run or its lock was deleted or moved") as error:
+        run_tiny(tmp_path / "run")
+    assert "--resume" not in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_written_over(reference):
@@ -132,7 +198,7 @@ def test_eval_knn_reads_a_run_folder(reference, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval_knn.py", "--weights", str(reference[0]), *sets])
     eval_knn.main()
     heading, columns, *table = capsys.readouterr().out.splitlines()
-    assert heading.endswith("60 images in the bank, 30 queries")
+    assert "60 images in the bank, 30 queries" in heading
     assert "k=20" in columns
     for line, name in zip(table, ["this backbone", "random initialisation", "raw pixels", "chance"]):
         assert line[:22].strip() == name
@@ -218,9 +284,11 @@ def test_a_deadline_that_is_far_away_changes_nothing():
     assert cfg.to_yaml() == before
 
 
-def test_negative_minutes_are_refused():
-    with pytest.raises(UserError, match="--max-minutes is -1"):
-        train.parse_args(["--max-minutes", "-1"])
+@pytest.mark.parametrize("minutes", ["-1", "nan", "inf"])
+def test_impossible_minutes_are_refused(minutes, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--max-minutes", minutes])
+    assert f"--max-minutes: '{minutes}' must be a number, 0 or more" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- bad images, poison, collapse
@@ -300,7 +368,7 @@ def test_seconds_between_logged_steps_count_too(tmp_path, monkeypatch):
         time.sleep(0.3)
         return real(*args, **options)
 
-    monkeypatch.setattr(train.dist, "all_reduce_ints", lambda *flags: [0, 0, next(calls) == 5, 0])
+    monkeypatch.setattr(train.dist, "all_reduce_ints", lambda *flags: [0, 0, next(calls) == 5, 0, 0])
     monkeypatch.setattr(train, "train_step", slow_step)
     run_tiny(tmp_path / "run", "train.log_every=1000")
     assert result_of(tmp_path / "run")["steps"] == 5
@@ -342,14 +410,93 @@ def test_an_image_that_is_read_too_early_does_no_harm(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- mistakes are one sentence
 
 
-def test_a_disk_without_room_is_one_sentence(capsys):
-    def main():
-        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/result.json")
+# An error of a command, and what the sentence must say.
+CPU = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total of ...")
+WORKER = UserError("reading images stopped: RuntimeError: DefaultCPUAllocator: can't allocate memory")
+ERRORS = {
+    "a full disk": (
+        OSError(errno.ENOSPC, "No space left on device", "x/result.json"),
+        "result.json': make room",
+    ),
+    "a quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded: make room"),
+    "a long name": (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "'aaa': check that path"),
+    "a CPU": (CPU, "not enough memory for another 8 bytes: take less"),
+    "a GPU": (GPU, "not enough memory for another 2.50 GiB: take less"),
+    "Python": (MemoryError(), "not enough memory: take less"),
+    "a worker": (WORKER, "not enough memory: take less"),
+}
 
-    with pytest.raises(SystemExit) as error:
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_a_user_can_mend_is_one_sentence(name, capsys):
+    error, words = ERRORS[name]
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        config.run(main, "take less")
+    assert left.value.code == 1
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), OSError("no errno")])
+def test_a_bug_keeps_its_traceback(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
         config.run(main)
+
+
+def test_a_disk_that_is_full_for_torch_is_a_sentence(capsys):
+    """Its zip writer ends with an error of its own, about the place in the file that it did not reach."""
+
+    def main():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    with pytest.raises(SystemExit):
+        config.run(main)
+    assert "No space left on device: make room" in capsys.readouterr().err
+
+
+# Each asks for more memory than there are addresses.
+TOO_LARGE = ["train.batch_size_per_gpu=1e15", "crops.local_crops_number=1e15", "dino.head_n_prototypes=1e15",
+             "dino.head_hidden_dim=1e12", "student.num_register_tokens=1e15"]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", TOO_LARGE)
+def test_too_little_memory_is_one_sentence_with_a_remedy(setting, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        config.run(lambda: run_tiny(tmp_path / "run", setting), train.IF_OUT_OF_MEMORY)
     assert error.value.code == 1
-    assert "result.json" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "not enough memory" in printed
+    assert "lower train.batch_size_per_gpu" in printed
+
+
+PATHS = ["--output-dir", "--config", "--init-from", "train.distill_from", "train.dataset_path"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_name_that_is_too_long_is_one_sentence(name, tmp_path, capsys):
+    path = f"{tmp_path}/{'x' * 300}"
+    argument = [name, path]
+    if not name.startswith("--"):
+        argument = [f"{name}={'folder:' if name == 'train.dataset_path' else ''}{path}"]
+    with pytest.raises(SystemExit) as error:
+        config.run(lambda: run_tiny(tmp_path / "run", *argument))
+    assert error.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.splitlines()[-1].startswith("error: ")
+    assert "xxx" in printed
 
 
 BAD_SETTINGS = {  # and what the sentence must name

@@ -111,11 +111,17 @@ METRICS = {  # {names: (formula, healthy, what failure looks like)}: the table o
         "steady",
         "falls: the workers do not keep up",
     ),
+    ("checkpoint_seconds",): (
+        "for how long the last save held up training",
+        "seconds; the disk is written beside the next steps",
+        "a large part of `train.checkpoint_minutes`: raise that",
+    ),
 }
 CHAPTERS = {  # of the page; whatever else is logged comes after them
     "The metric and the loss": "knn_top1 loss loss_dino_local loss_dino_global loss_ibot loss_koleo",
     "Collapse diagnostics": "entropy entropy_mean kl rank",
-    "Steps": "grad_backbone grad_dino_head grad_ibot_head skipped images_per_second peak_memory_gb",
+    "Steps": "grad_backbone grad_dino_head grad_ibot_head skipped images_per_second peak_memory_gb "
+    "checkpoint_seconds",
     "Schedules": "lr last_layer_lr backbone_lr weight_decay momentum teacher_temp",
 }
 UNIFORM_LOSS = "Dashed: ln K × weight × {}, the loss of a student that knows nothing."

@@ -4,29 +4,36 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, strategies
+from hypothesis import settings as hypothesis_settings
 from PIL import Image, ImageFilter
 
+import config
 from config import UserError
-from curation import dedup, embed, ingest, quality
+from curation import dedup, embed, ingest, page, quality
 from curation.__main__ import curate, main
 from curation.manifest import REASONS, Curation
+from curation.pieces import list_entries, split_source
 from curation.quality import threshold
-from curation.settings import load
+from curation.settings import levels_of, load
 from curation.vectors import unit_rows
 from curation.write import write
 from model import VisionTransformer
 from scenes import render
-from sources import Entry, decode_image, open_source
+from sources import BadImage, Entry, decode_image, open_source
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "curation", "run"]
@@ -210,7 +217,7 @@ def test_shards_give_the_same_as_files(pile, done, tmp_path):
                 add_member(tar, path.name, path.read_bytes())
                 add_member(tar, f"{path.stem}.json", b"{}")
                 add_member(tar, f"{path.stem}.txt", b"a")
-            add_member(tar, "gone.json")
+            add_member(tar, "gone.json", b"{}")
     (tmp_path / "00002.tar").write_bytes(b"no tar at all" * 100)
     run(f"tar:{tmp_path}/{{00000..00002}}.tar", tmp_path / "out", overrides(pile[0]))
     why = {}
@@ -223,14 +230,238 @@ def test_shards_give_the_same_as_files(pile, done, tmp_path):
     assert len(open_source(f"list:{tmp_path}/out/manifest.jsonl")) == 22
 
 
-def test_labels_travel(tmp_path, images):
-    for first, name in ((0, "cat"), (3, "dog")):
-        (tmp_path / "pile" / name).mkdir(parents=True)
-        for i in range(3):
-            (tmp_path / "pile" / name / f"{i}.jpg").write_bytes(jpeg(images[first + i]))
-    run(f"folder:{tmp_path}/pile", tmp_path / "out", [])
-    data = open_source(f"tar:{tmp_path}/out/shards/00000.tar")
-    assert data.classes == ["cat", "dog"] and data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+# ---------------------------------------------------------------- labels
+
+ANY_IMAGE = ["quality.min_side=1", "quality.min_dark=-1", "quality.max_bright=2", "quality.min_entropy=-1",
+             "quality.min_sharpness=-1", "dedup.radius=0", "dedup.other_radius=0"]  # fmt: skip
+
+
+def noise(seed):
+    return png(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)))
+
+
+def labels_of(uri):
+    """SHA-256 of each image of a source -> the name of its class."""
+    images = open_source(uri)
+    labels = {}
+    for i, label in enumerate(images.labels):
+        labels[images.read_bytes(i)] = images.classes[label]
+    return labels
+
+
+def check_round_trip(root, classes):
+    """Images in folders of these names -> curation -> tar and list -> curation: always the same labels."""
+    for number, name in enumerate(classes):
+        folder = os.path.join(os.fsencode(root), b"pile", os.fsencode(name))
+        os.makedirs(folder)
+        with open(os.path.join(folder, b"x.png"), "wb") as file:
+            file.write(noise(number))
+    source = f"folder:{root}/pile"
+    truth = labels_of(source)
+    assert set(truth.values()) == set(classes)
+    for turn in range(2):
+        run(source, root / f"out{turn}", ANY_IMAGE)
+        assert labels_of(f"list:{root}/out{turn}/manifest.jsonl") == truth
+        source = f"tar:{root}/out{turn}/shards/00000.tar"
+        assert labels_of(source) == truth
+
+
+def test_labels_travel(tmp_path):
+    names = [
+        "0",
+        "1",
+        "cat",
+        "dog",
+        "true",
+        "null",
+        "NaN",
+        "1.5",
+        "007",
+        "7",
+        " x ",
+        "x",
+        "[",
+        '"',
+        "caf\udce9",
+    ]
+    check_round_trip(tmp_path, names)
+
+
+ANY_NAME = strategies.text(strategies.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+
+
+@hypothesis_settings(max_examples=8, deadline=None, database=None)
+@given(
+    names=strategies.sets(ANY_NAME.filter(lambda name: not set(name) & {"/", "\0"}), min_size=1, max_size=4)
+)
+def test_any_labels_travel(tmp_path_factory, names):
+    check_round_trip(tmp_path_factory.mktemp("labels"), [name.replace(".", "_") for name in names])
+
+
+def test_new_labels_of_the_same_files_are_read(tmp_path):
+    """Labels are no part of a file: a manifest may change them while size and time stay."""
+    (tmp_path / "a.png").write_bytes(noise(0))
+    for label in ("cat", "dog"):
+        (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.png", "label": label}))
+        run(f"list:{tmp_path}/m.jsonl", tmp_path / "out", ANY_IMAGE)
+        assert [row["label"] for row in manifest(tmp_path / "out")] == [label]
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+def header(name, size=0, kind=tarfile.REGTYPE):
+    member = tarfile.TarInfo(name)
+    member.size = size
+    member.type = kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def write_hostile_tar(path):
+    """Labels that are none, names that cannot be, a file that is no image, and headers that lie."""
+    contents = [
+        ("a.png", noise(0)),
+        ("a.json", b"[" * 100_000),
+        ("b.png", noise(1)),
+        ("b.json", b'{"label": "\\ud800"}'),
+        ("c.png", noise(2)),
+        ("c.json", b'{"label": 1' + b"0" * 30 + b"}"),
+        ("caf\udce9.png", b"no image"),
+        ("<b>x.png", noise(3)),
+        ("x" * 5000 + ".png", noise(4)),
+        ("label_only.cls", b"cat"),
+    ]
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in contents:
+            add_member(tar, name, data)
+    first = path.read_bytes()[: tar.offset - 2 * tarfile.BLOCKSIZE]
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        add_member(tar, "last.png", noise(5))
+    lies = header("s.png", -2048) + header("g.png", 0, tarfile.GNUTYPE_SPARSE)
+    path.write_bytes(first + lies + path.read_bytes())
+
+
+def test_a_hostile_shard_costs_itself_alone(tmp_path, monkeypatch, capsys):
+    pile = tmp_path / "caf\udce9"
+    pile.mkdir()
+    write_hostile_tar(pile / "00000.tar")
+    (pile / "00001.tar").write_bytes(b"no tar at all" * 100)
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["curation", "run", f"tar:{pile}", str(out), *ANY_IMAGE])
+    main()
+    printed = capsys.readouterr().out
+    rows = {}
+    for row in manifest(out):
+        name = row["key"] if "key" in row else Path(row["path"]).name
+        rows[name] = row
+    why = {name: row["why"] for name, row in rows.items()}
+    lost = dict.fromkeys(["caf\udce9", "label_only", "00000.tar", "00001.tar"], "unreadable")
+    assert {name: reason for name, reason in why.items() if reason != "kept"} == lost
+    assert why.keys() - lost == {"a", "b", "c", "<b>x", "last"}
+    assert rows["c"]["label"] == "1" + "0" * 30
+    assert "a.json" in rows["00000.tar"]["detail"]
+    assert "not a readable tar" in rows["00001.tar"]["detail"]
+    notes = json.loads((out / "funnel.json").read_text())["notes"]
+    assert "caf\\udce9/00000.tar: " in printed
+    for text in (printed, notes[0], (out / "funnel.html").read_text()):
+        assert "2 shards are damaged" in text
+        assert "a.json" in text
+        assert "00001.tar is not a readable tar" in text
+
+
+def test_a_member_beyond_the_limit_is_not_read(tmp_path):
+    path = tmp_path / "t.tar"
+    path.write_bytes(header("a.png", 600 << 20))
+    os.truncate(path, (600 << 20) + 3 * tarfile.BLOCKSIZE)
+    entries, damage = list_entries(str(path))
+    row = ingest.examine(entries[0])
+    assert "the limit is" in row["detail"] + damage
+
+
+def test_a_folder_of_shards_may_have_any_name(tmp_path):
+    folder = tmp_path / "part[1]"
+    folder.mkdir()
+    (folder / "0.tar").write_bytes(b"")
+    for path in (folder, folder / "0.tar"):
+        assert split_source(f"tar:{path}", 1) == [f"{folder}/0.tar"]
+
+
+def test_unreadable_evaluation_images_are_told(tmp_path):
+    """What cannot be read cannot be searched for: nobody must believe that it was."""
+    for name in ("pile", "evaluation"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(noise(len(name)))
+    (tmp_path / "evaluation" / "b.png").write_bytes(b"no image")
+    chosen = [*ANY_IMAGE, f"dedup.evaluation=folder:{tmp_path}/evaluation"]
+    done = run(f"folder:{tmp_path}/pile", tmp_path / "out", chosen)
+    assert done.notes[0].startswith("1 evaluation images are unreadable")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_what_is_no_image_file_has_its_reason(tmp_path):
+    """A pipe and a device never end, a sparse file of 100 GB fills the memory; a name is bytes."""
+    pile = tmp_path / "pile"
+    pile.mkdir()
+    os.mkfifo(pile / "pipe.png")
+    (pile / "zero.png").symlink_to("/dev/zero")
+    with open(pile / "sparse.png", "wb") as file:
+        file.truncate(100 << 30)
+    (pile / "good.png").write_bytes(noise(0))
+    with open(os.fsencode(pile) + b"/caf\xe9.png", "wb") as file:
+        file.write(b"no image")
+    (pile / "later.png").write_bytes(noise(1))
+    run(f"folder:{pile}", tmp_path / "out", ANY_IMAGE)
+    details = {Path(row["path"]).stem: row.get("detail", "") for row in manifest(tmp_path / "out")}
+    assert details.pop("good") == details.pop("later") == ""
+    assert "no regular file" in details.pop("pipe")
+    assert "no regular file" in details.pop("zero")
+    assert "107,374,182,400 bytes" in details.pop("sparse")
+    assert "no known format" in details.pop("caf\udce9")
+    assert not details
+    assert "caf\\udce9.png: no known format" in (tmp_path / "out" / "funnel.html").read_text()
+
+
+def test_samples_of_a_list_without_an_image_have_their_row(tmp_path):
+    with tarfile.open(tmp_path / "good.tar", "w") as tar:
+        add_member(tar, "a.png", noise(0))
+    (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
+    rows = [{"shard": f"{name}.tar", "key": key, "label": "cat"} for name in ("bad", "good") for key in "ab"]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(f"list:{tmp_path}/m.jsonl", tmp_path / "out", [*ANY_IMAGE, "ingest.piece=2"])
+    why = {}
+    for row in manifest(tmp_path / "out"):
+        why[Path(row["shard"]).name, row["key"]] = row["why"]
+    assert why.pop(("good.tar", "a")) == "kept"
+    assert why == dict.fromkeys([("bad.tar", "a"), ("bad.tar", "b"), ("good.tar", "b")], "unreadable")
+
+
+@pytest.mark.parametrize("kind", [1, 2, 7], ids=["byte", "text", "bytes"])
+def test_an_orientation_of_any_type_is_read(kind):
+    exif = Image.Exif()
+    exif[ingest.EXIF_ORIENTATION] = 1
+    data = jpeg(Image.new("RGB", (40, 20)), exif=exif)
+    entry = struct.pack(">HHI", ingest.EXIF_ORIENTATION, 3, 1)  # tag, type and number of values
+    if entry not in data:
+        entry = struct.pack("<HHI", ingest.EXIF_ORIENTATION, 3, 1)
+    assert data.count(entry) == 1
+    data = data.replace(entry, entry.replace(b"\3", bytes([kind])))
+    assert decode_image(data, "x", ingest.measure)["width"] == 40
+
+
+def test_results_are_no_source(tmp_path):
+    """To curate a curated pile in place would overwrite, and delete, what is being read."""
+    (tmp_path / "pile").mkdir()
+    (tmp_path / "pile" / "a.png").write_bytes(noise(0))
+    out = tmp_path / "out"
+    run(f"folder:{tmp_path}/pile", out, ANY_IMAGE)
+    (out / "shards" / "mine.tar").write_bytes(b"")
+    before = results(out)
+    sources = [f"tar:{out}/shards", f"tar:{out}/shards/00000.tar", f"list:{out}/manifest.jsonl"]
+    for source in sources:
+        with pytest.raises(UserError, match="would be overwritten"):
+            run(source, out, ANY_IMAGE)
+    run(f"folder:{tmp_path}/pile", out, ANY_IMAGE)
+    assert results(out) == before
 
 
 # ---------------------------------------------------------------- one image
@@ -310,10 +541,51 @@ def test_each_rule_has_its_threshold(images, tmp_path, text, reason):
 
 @pytest.mark.parametrize("text, word", [("quality.min_sid=3", "min_side"), ("quality.min_side=x", "whole"),
                                         ("quality.min_entropy=2%%", "percentile"),
+                                        ("quality.min_dark=200%", "0% to 100%"),
+                                        ("dedup.radius=1e9", "from 0 to 16"),
+                                        ("features.size=1e15", "from 0 to 4096"),
+                                        ("balance.rounds=1e15", "from 0 to 100"),
+                                        ("balance.clusters=", "numbers of clusters"),
+                                        ("balance.clusters=many", "numbers of clusters"),
+                                        ("balance.clusters=10 0", "numbers of clusters"),
+                                        ("balance.clusters=10 100", "largest number first"),
                                         ("nothing", "setting")])  # fmt: skip
 def test_a_mistyped_setting_is_one_sentence(text, word):
     with pytest.raises(UserError, match=word):
         load(None, [text])
+
+
+def test_one_level_of_clusters_is_a_number():
+    assert levels_of(load(None, ["balance.clusters=100"])) == [100]
+    assert levels_of(load(None, ["balance.clusters=90 9"])) == [90, 9]
+
+
+def run_main(monkeypatch, *arguments):
+    """-> the exit code of the command."""
+    monkeypatch.setattr(sys, "argv", ["curation", "run", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        config.run(main)
+    return end.value.code
+
+
+def test_arguments_that_cannot_be(tmp_path, monkeypatch, capsys):
+    (tmp_path / "pile").mkdir()
+    (tmp_path / "pile" / "a.png").write_bytes(noise(0))
+    source = f"folder:{tmp_path}/pile"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "shards").write_text("")
+    for arguments, words in [([source, "new", "--workers", "-1"], "a whole number, 0 or more"),
+                             ([source, ""], "OUT is empty"),
+                             ([source, "file"], "take another OUT"),
+                             ([source, "file/out"], "take another OUT"),
+                             ([source, "x" * 300], "take another OUT"),
+                             ([source, "out", *ANY_IMAGE], "take another OUT"),
+                             ([source, "out", *ANY_IMAGE, "--workers=1"], "take another OUT")]:  # fmt: skip
+        assert run_main(monkeypatch, *arguments) in (1, 2)
+        assert words in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["file", "out", "pile"]
 
 
 def test_the_example_config_loads():
@@ -344,7 +616,10 @@ def test_a_file_that_changed_after_ingest_is_refused(tmp_path, images):
     file.write_bytes(jpeg(images[0]))
     done = run(f"folder:{tmp_path}/pile", tmp_path / "out", [], "balance")
     file.write_bytes(jpeg(images[1]))
-    with pytest.raises(UserError, match="changed"):
+    with pytest.raises(UserError, match="a.jpg has changed"):
+        write(done)
+    file.unlink()
+    with pytest.raises(UserError, match="a.jpg can no longer be read"):
         write(done)
 
 
@@ -358,8 +633,11 @@ class MeanColour:
     key = "colours"
 
     def __call__(self, images, numbers=None):
-        colours = [np.asarray(images[i][0], float).mean((0, 1)) for i in range(len(images))]
-        return unit_rows(torch.from_numpy(np.array(colours) - 100))
+        colours = np.zeros((len(images), 3))
+        for i in range(len(images)):
+            with suppress(BadImage):
+                colours[i] = np.asarray(images[i][0], float).mean((0, 1)) - 100
+        return unit_rows(torch.from_numpy(colours))
 
 
 def coloured(folder, count, tint, rng):
@@ -485,6 +763,166 @@ def test_embeddings_of_a_shard_are_found_by_its_members(colours, tmp_path):
     np.savez(tmp_path / "x.npz", cls=x[::-1], paths=names[::-1])
     done = run(shards, tmp_path / "b", [f"features.embeddings={tmp_path}/x.npz"])
     assert names[0].endswith(".png") and np.allclose(done.features, x, atol=1e-3)
+
+
+def test_examples_that_cannot_be_read_teach_nothing(colours, by_colour, tmp_path):
+    """They have no features; zeros in their place would be the mean of all directions."""
+    for name in ("allow", "block", "seeds"):
+        shutil.copytree(colours / name, tmp_path / name)
+        (tmp_path / name / "0.png").write_bytes(b"no image")
+    ratings = (colours / "ratings.csv").read_text() + "allow/0.png,5\n"
+    (tmp_path / "ratings.csv").write_text(ratings)
+    done = {}
+    for root in (colours, tmp_path):
+        chosen = [*by_colour, f"content.allow=folder:{root}/allow", f"content.block=folder:{root}/block",
+                  f"content.ratings={root}/ratings.csv", f"balance.seeds=folder:{root}/seeds"]  # fmt: skip
+        done[root] = run(f"folder:{colours}/pile", tmp_path / "out" / root.name, chosen)
+    assert np.array_equal(done[colours].why, done[tmp_path].why)
+    assert "1 more are unreadable" in done[tmp_path].notes[-1]
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "0.png").write_bytes(b"no image")
+    for chosen in ([f"content.allow=folder:{tmp_path}/few", f"content.block=folder:{tmp_path}/block"],
+                   [f"balance.seeds=folder:{tmp_path}/few"]):  # fmt: skip
+        with pytest.raises(UserError, match="few has 0 images that can be read"):
+            run(f"folder:{colours}/pile", tmp_path / "z", [*by_colour, *chosen])
+
+
+HEAD = dict(weight=np.ones(3), bias=np.float32(0), threshold=np.float32(0.5))
+BAD_HEADS = [
+    ("must be an .npz", {"weight": np.ones(3)}),
+    ("must be an .npz", HEAD | {"weight": np.float32(1)}),
+    ("must be an .npz", HEAD | {"bias": np.ones(3)}),
+    ("must be an .npz", HEAD | {"weight": np.array(["a", "b", "c"])}),
+    ("not finite", HEAD | {"weight": np.full(3, np.nan)}),
+    ("for 2 features, here are 3", HEAD | {"weight": np.ones(2)}),
+]
+
+
+@pytest.mark.parametrize("words, arrays", BAD_HEADS)
+def test_a_bad_head_is_one_sentence(colours, by_colour, tmp_path, words, arrays):
+    np.savez(tmp_path / "head.npz", **arrays)
+    with pytest.raises(UserError, match=words):
+        run(f"folder:{colours}/seeds", tmp_path / "out", [*by_colour, f"content.head={tmp_path}/head.npz"])
+
+
+def test_a_head_must_be_a_whole_file(colours, by_colour, tmp_path):
+    np.savez(tmp_path / "whole.npz", **HEAD)
+    content = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "whole.npz").unlink()
+    np.savez_compressed(tmp_path / "bomb.npz", **HEAD, weights=np.zeros(10_000_000))
+    (tmp_path / "cut.npz").write_bytes(content[:-30])
+    (tmp_path / "flipped.npz").write_bytes(content.replace(np.ones(3).tobytes(), np.zeros(3).tobytes()))
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.save(tmp_path / "alone.npy", np.ones(3))
+    os.mkfifo(tmp_path / "pipe.npz")
+    for file in sorted(tmp_path.glob("*.np?")):
+        with pytest.raises(UserError, match=f"{file.name} must be an .npz"):
+            run(f"folder:{colours}/seeds", tmp_path / "out", [*by_colour, f"content.head={file}"])
+
+
+def test_embeddings_of_another_pile_are_refused(colours, tmp_path):
+    source = f"folder:{colours}/seeds"
+    names = [open_source(source).name(i) for i in range(2)]
+    np.save(tmp_path / "x.npy", np.eye(3))
+    with pytest.raises(UserError, match="3 rows for 2 images"):
+        run(source, tmp_path / "out", [f"features.embeddings={tmp_path}/x.npy"])
+    for words, paths in (("each path once", names), ("each path once", [*names, names[0]]),
+                         ("must hold rows", [1, 2, 3])):  # fmt: skip
+        np.savez(tmp_path / "x.npz", cls=np.eye(3), paths=paths)
+        with pytest.raises(UserError, match=words):
+            run(source, tmp_path / "out", [f"features.embeddings={tmp_path}/x.npz"])
+    np.savez(tmp_path / "x.npz", cls=np.eye(2), paths=np.array(list(map(os.fsencode, names))))
+    done = run(source, tmp_path / "out", [f"features.embeddings={tmp_path}/x.npz"])
+    assert np.array_equal(done.features, np.eye(2))
+
+
+@pytest.mark.parametrize("rating", ["nan", "inf", "1e308"])
+def test_ratings_that_are_no_numbers_are_refused(colours, by_colour, tmp_path, rating):
+    lines = (colours / "ratings.csv").read_text().replace("allow/", f"{colours}/allow/")
+    (tmp_path / "ratings.csv").write_text(lines.replace(",8", f",{rating}"))
+    with pytest.raises(UserError, match="ratings.csv must be"):
+        run(
+            f"folder:{colours}/pile",
+            tmp_path / "out",
+            [*by_colour, f"content.ratings={tmp_path}/ratings.csv"],
+        )
+
+
+# ---------------------------------------------------------------- the page
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """A small result of a curation, to be spoilt."""
+    (tmp_path / "pile").mkdir()
+    for i in range(3):
+        (tmp_path / "pile" / f"{i}.png").write_bytes(noise(i))
+    (tmp_path / "pile" / "bad.png").write_bytes(b"no image")
+    run(f"folder:{tmp_path}/pile", tmp_path / "out", ANY_IMAGE)
+    return tmp_path / "out"
+
+
+def draw_page(monkeypatch, out):
+    monkeypatch.setattr(sys, "argv", ["page", str(out)])
+    page.main()
+
+
+def test_nothing_of_a_result_is_html(drawn, monkeypatch):
+    """Names of stages and reasons, notes, settings, paths, details: files that anyone may have written."""
+    mark = "<script>&"
+    facts = json.loads((drawn / "funnel.json").read_text())
+    name, left, reasons = facts["stages"][0]
+    facts["stages"] = [[mark + name, left, {mark + reason: count for reason, count in reasons.items()}]]
+    facts["reasons"] = [mark + reason for reason in facts["reasons"]]
+    facts["notes"] = [mark, "\udce9\ud800"]
+    facts["settings"]["quality"]["min_dark"] = "0.5"
+    facts["settings"][mark] = mark
+    (drawn / "funnel.json").write_text(json.dumps(facts))
+    rows = manifest(drawn)
+    for row in rows:
+        row["why"] = mark + row["why"]
+    more = dict(rows[0], why="unreadable", detail=mark + "\ud800", path=mark)
+    facts["reasons"].append("unreadable")
+    facts["stages"][-1][2]["unreadable"] = 1
+    (drawn / "funnel.json").write_text(json.dumps(facts))
+    lines = [json.dumps(row) + "\n" for row in [*rows, more]]
+    (drawn / "manifest.jsonl").write_text("".join(lines))
+    draw_page(monkeypatch, drawn)
+    text = (drawn / "funnel.html").read_text()
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;&amp;") >= 8
+    assert "\\udce9\\ud800" in text
+
+
+WRONG = [b"", b"[]", b"null", b"3", b'"text"', b"[" * 100_000, b"{}", b"\xff", b'{"stages": [], "notes": 3}']
+
+
+@pytest.mark.parametrize("content", WRONG, ids=range(len(WRONG)))
+@pytest.mark.parametrize("name", ["funnel.json", "manifest.jsonl"])
+def test_a_page_of_wrong_files_is_one_sentence(drawn, monkeypatch, name, content):
+    if name == "manifest.jsonl" and not content:
+        return  # no rows: a page without sheets
+    (drawn / name).write_bytes(content)
+    with pytest.raises(UserError, match="run the curation again"):
+        draw_page(monkeypatch, drawn)
+
+
+@pytest.mark.parametrize("change", [dict(why=[1]), dict(cluster="x"), dict(dark="x"), dict(at=None),
+                                    dict(at=[-1]), dict(path=None), dict(sha256=3), dict(entropy=[])],
+                         ids=str)  # fmt: skip
+def test_a_page_of_wrong_rows_is_one_sentence(drawn, monkeypatch, change):
+    rows = manifest(drawn)
+    rows[0] |= change
+    (drawn / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="run the curation again"):
+        draw_page(monkeypatch, drawn)
+
+
+def test_a_page_of_nothing_is_one_sentence(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "funnel.json")
+    for out in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="run the curation again"):
+            draw_page(monkeypatch, out)
 
 
 # ---------------------------------------------------------------- restarts, processes
