@@ -15,7 +15,6 @@ import argparse
 import math
 import os
 import sys
-from collections import Counter
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from config import UserError
 from distributed import rank
 from features import EvalImages, extract_features, iterate_batches, open_backbone, untrained_copy
 from model import describe_backbone
-from sources import BadImage, open_images, open_source, sample_name
+from sources import open_images, open_source, sample_name
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -112,11 +111,10 @@ def add_eval_args(parser):
     whole = config.argument(config.Whole)
     add("--train", default="", help="the labelled bank, e.g. folder:/data/train (default: the run's own)")
     add("--test", default="", help="the labelled queries (default: the run's own, or a part of --train)")
-    add("--split", type=config.argument(config.Share), help="take this share of each class of --train as "
-        "queries (default 0.25)")  # fmt: skip
+    add("--split", type=config.argument(config.Share), help="that part, of each class (default 0.25)")
     add("--split-seed", type=whole, help="another number is another split (default 0)")
-    add("--image-size", type=config.argument(config.OptionalPixels), default=0, help="side of the square the "
-        "network sees, in pixels")  # fmt: skip
+    pixels = config.argument(config.OptionalPixels)
+    add("--image-size", type=pixels, default=0, help="side of the square the network sees, in pixels")
     add("--limit", type=whole, default=0, help="use only so many images of each set, evenly spread")
 
 
@@ -147,10 +145,10 @@ def open_labelled(cfg, path, limit=0, classes=None):
     if not dataset.classes:
         raise UserError(f"{path} has no labels (sub-folders, .cls files): k-NN needs labelled images")
     if classes and dataset.classes != classes:
-        try:
-            dataset.renumber(classes)
-        except (ValueError, AttributeError) as e:  # Scenes have classes of their own for good
-            raise UserError(f"{path} has classes that are unknown, {e}: they are compared by name") from None
+        odd = ", ".join(sorted(set(dataset.classes) - set(classes))[:3])
+        if odd:
+            raise UserError(f"{path} has classes that are unknown, {odd}: they are compared by name")
+        dataset.renumber(classes)
     return EvalImages(dataset, config.evaluation_size(cfg), cfg.evaluation.resize_size, limit)
 
 
@@ -181,7 +179,8 @@ def split_images(images, cfg, limit=0):
     labels = getattr(dataset, "labels", None)
     members = {}  # of each class
     seen = set()
-    for i, key in zip(images.indices, content_keys(images.files())):
+    for i in images.indices:
+        key = content_key(dataset, i)
         label = dataset[i][1] if labels is None else labels[i]
         if key not in seen and label >= 0:
             members.setdefault(dataset.classes[label], []).append(i)
@@ -209,9 +208,10 @@ def check_overlap(train, test, remedy, most=2000):
     note, and the number stays comparable. Of many test images only `most` are looked up, evenly spread.
     """
     test = test[:: math.ceil(len(test) / most)]
-    keys = content_keys([*test, *train])
-    known = set(keys[len(test) :])
-    twice = [file for file, key in zip(test, keys) if key in known and is_readable(*file)]
+    sizes = {content_key(*file, whole=False) for file in test}
+    same_size = [file for file in train if content_key(*file, whole=False) in sizes]  # only these are read
+    known = {content_key(*file) for file in same_size}
+    twice = [file for file in test if content_key(*file) in known]
     if twice:
         example = sample_name(*twice[0])
         found = f"{len(twice)} of {len(test)} test images are training images too, such as {example}"
@@ -220,25 +220,11 @@ def check_overlap(train, test, remedy, most=2000):
         print(f"note: {found}; they count", file=sys.stderr)
 
 
-def is_readable(dataset, i):
-    try:
-        dataset[i]
-        return True
-    except BadImage:
-        return False
-
-
-def content_keys(files):
-    """[(data set, index)] -> a key of each; two are the same if the files are, byte for byte."""
-    keys = []
-    for dataset, i in files:
-        is_file = hasattr(dataset, "file_size")
-        keys.append(dataset.file_size(i) if is_file else sample_name(dataset, i))
-    count = Counter(keys)
-    for number, (dataset, i) in enumerate(files):
-        if count[keys[number]] > 1 and isinstance(keys[number], int):  # else there is no need to read it
-            keys[number] = dataset.digest(i)
-    return keys
+def content_key(dataset, i, whole=True):
+    """The same for files that are the same, byte for byte; if not `whole`, for files of the same size."""
+    if not hasattr(dataset, "digest"):
+        return sample_name(dataset, i)
+    return dataset.digest(i) if whole else dataset.file_size(i)
 
 
 # ---------------------------------------------------------------- one image, its class, and how sure
@@ -322,8 +308,7 @@ def foreground_miou(backbone, scenes, size):
     train = total - test
     masks = torch.stack([torch.from_numpy(scenes.scene(i)[2] > 0) for i in range(total)]).float()
     masks = F.interpolate(masks[:, None], size=(size, size), mode="area")  # (n, 1, S, S)
-    images = EvalImages(scenes, size)
-    images.indices = images.indices[:total]
+    images = EvalImages(scenes, size, indices=range(total))
     patches = extract_features(backbone, images, patches=True)[2]  # (n, N, D)
     side = size // backbone.patch_size
     share = F.avg_pool2d(masks, backbone.patch_size)  # (n, 1, side, side)

@@ -106,8 +106,6 @@ class RunFolder:
 
     def check_exists(self):
         """Before rank 0 writes: UserError if the lock has gone, or the folder with it, or is another's."""
-        if rank() > 0:
-            return
         with suppress(OSError):
             if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.path / "lock")):
                 return
@@ -435,7 +433,8 @@ class TrainLogger:
     def close(self, state, trained):
         self.bar.close()
         if trained:
-            self.run.check_exists()
+            if rank() == 0:
+                self.run.check_exists()
             self.check_skipped_steps(state)
             self.add_time()
 

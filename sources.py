@@ -91,11 +91,8 @@ class ImageFiles:
         return os.fsdecode(self.joined_names[first:end])
 
     def renumber(self, classes):
-        """Take over the classes of another data set. ValueError with the names that are not among them."""
-        odd = sorted(set(self.classes or ()) - set(classes))
-        if odd:
-            raise ValueError(", ".join(odd[:3]))
-        new_labels = [classes.index(name) for name in self.classes or ()]
+        """Take over the classes of another data set, which has all of these."""
+        new_labels = [classes.index(name) for name in self.classes]
         self.labels = np.array([*new_labels, -1])[self.labels]  # -1 stays -1
         self.classes = classes
 
@@ -107,11 +104,12 @@ class ImageFiles:
         return os.path.getsize(path) if os.path.exists(path) else -1
 
     def digest(self, index):
-        """SHA-256 of an image file; its name if it cannot be read."""
-        try:
-            return hashlib.sha256(self.read_bytes(index)).hexdigest()
-        except OSError:
-            return self.name(index)
+        """SHA-256 of an image file; its name if it is empty or cannot be read."""
+        with suppress(OSError):
+            content = self.read_bytes(index)
+            if content:
+                return hashlib.sha256(content).hexdigest()
+        return self.name(index)
 
     def __getitem__(self, index):
         name = self.name(index)
@@ -180,14 +178,7 @@ def open_source(uri):
     if not listing or not rest:
         known = "scenes:10000, folder:/path, tar:/path/{000..010}.tar or list:/path/manifest.jsonl"
         raise UserError(f"dataset_path {uri!r} cannot be read; write {known}")
-    entries = listing(os.path.expanduser(rest))
-    images = ImageFiles(entries)
-    if images.dropped:
-        count = f"{len(images.dropped)} of {len(entries)}"
-        print(f"{uri}: {count} samples have no complete image: left out", file=sys.stderr)
-    if not len(images):
-        raise UserError(f"{uri} holds no images; the formats read are {' '.join(EXTENSIONS)}")
-    return images
+    return index_images(listing(os.path.expanduser(rest)), uri)
 
 
 def open_images(paths):
@@ -210,9 +201,17 @@ def open_images(paths):
         else:
             remedy = "give images, folders, .tar files or one data URI"
             raise UserError(f"{path} does not exist or is no regular file: {remedy}")
+    return index_images(entries, ", ".join(map(str, paths)))
+
+
+def index_images(entries, source):
+    """[Entry] -> ImageFiles; says how many samples of the source have no image. UserError if none has one."""
     images = ImageFiles(entries)
+    if images.dropped:
+        count = f"{len(images.dropped)} of {len(entries)}"
+        print(f"{source}: {count} samples have no complete image: left out", file=sys.stderr)
     if not len(images):
-        raise UserError(f"there are no images in {', '.join(map(str, paths)) or 'an empty list'}")
+        raise UserError(f"{source} holds no images; the formats read are {' '.join(EXTENSIONS)}")
     return images
 
 
@@ -221,11 +220,12 @@ def list_folder(root):
     paths = []
     visited = set()
 
-    def warn(error):
-        if visited:  # else it is the root, which the message below names
-            print(f"warning: {error.filename} is left out: {error.strerror}", file=sys.stderr)
+    def tell(error):
+        if not visited:
+            raise UserError(f"folder {root} cannot be read: {error.strerror}")
+        print(f"warning: {error.filename} is left out: {error.strerror}", file=sys.stderr)
 
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=warn):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=tell):
         real = os.path.realpath(folder)
         if real in visited:  # a link that leads back up would never end
             subfolders.clear()
@@ -235,17 +235,13 @@ def list_folder(root):
         paths += [os.path.relpath(f"{folder}/{name}", root) for name in names if name[0] != "."]
     images = sorted(path for path in paths if path.lower().endswith(EXTENSIONS))
     if not images:
-        raise UserError(f"folder {root} {no_images_because(paths, visited)}; "
-                        f"images are read from {' '.join(EXTENSIONS)}")  # fmt: skip
+        found = "is empty"
+        if paths:
+            extensions = {os.path.splitext(path)[1].lower() or path for path in paths}
+            found = f"holds only {' '.join(sorted(extensions)[:8])}"
+        raise UserError(f"folder {root} {found}; images are read from {' '.join(EXTENSIONS)}")
     labelled = all(os.sep in path for path in images)
     return [Entry(f"{root}/{path}", path.split(os.sep)[0] if labelled else None) for path in images]
-
-
-def no_images_because(paths, visited):
-    extensions = {os.path.splitext(path)[1].lower() or path for path in paths}
-    if extensions:
-        return f"holds only {' '.join(sorted(extensions)[:8])}"
-    return "is empty" if visited else "does not exist"
 
 
 def expand_braces(pattern):
@@ -310,12 +306,8 @@ class HeaderReader(io.BufferedReader):
         return os.fstat(self.fileno()).st_size
 
     def read_at(self, offset, size):
-        """`size` bytes from `offset` on; the position stays."""
-        position = self.tell()
-        self.seek(offset)
-        content = self.read(size)
-        self.seek(position)
-        return content
+        self.seek(offset)  # and not back: tarfile itself seeks before it reads a header
+        return self.read(size)
 
 
 def add_member(samples, path, member, file):
@@ -336,8 +328,10 @@ def add_member(samples, path, member, file):
     if extension in EXTENSIONS and sample.offset == NO_IMAGE:  # the first image of a key counts
         sample = sample._replace(name=name, offset=member.offset_data, size=member.size)
     elif extension == ".json":  # before .cls, since its text is exact
-        label = read_json_label(file.read_at(member.offset_data, member.size))
-        sample = sample._replace(label=label or sample.label)
+        value = parse_json(file.read_at(member.offset_data, member.size).decode("utf-8", "surrogateescape"))
+        if isinstance(value, dict):
+            value = value.get("label", value.get("cls"))
+        sample = sample._replace(label=check_label(value) or sample.label)
     elif extension == ".cls" and not sample.label:
         text = os.fsdecode(file.read_at(member.offset_data, member.size))
         sample = sample._replace(label=check_label(text.strip()))
@@ -358,13 +352,13 @@ def tar_members(file, damage):
             archive = tarfile.TarFile(fileobj=file)
             member = archive.next()
             while member and member.size >= 0 and archive.offset > position:  # a hostile size may lead back
-                position = archive.offset
+                position = min(archive.offset, file.total_bytes())
                 complete = False
                 yield member
                 member = archive.next()
         except Exception as error:  # the parser does not expect hostile headers: IndexError, RecursionError
             reason = f" ({error})"
-        block = file.read_at(min(position, file.total_bytes()), tarfile.BLOCKSIZE)
+        block = file.read_at(position, tarfile.BLOCKSIZE)
         if block.strip(b"\0"):
             damage.append(f"the header at byte {position:,} is damaged{reason}")
         elif block:
@@ -372,25 +366,19 @@ def tar_members(file, damage):
         elif not complete:
             damage.append("it has no end, as if cut off")
         position = find_header(file, position + tarfile.BLOCKSIZE)
+    if position is not None:
+        damage.insert(0, f"too many damaged places: nothing from byte {position:,} on is read")
 
 
 def find_header(file, start):
     """The position of the first header from `start` on, or None if there is none within SEARCH_BYTES."""
     end = min(start + SEARCH_BYTES, file.total_bytes())
-    file.seek(min(start, end))
+    file.seek(start)
     for position in range(start, end, tarfile.BLOCKSIZE):
         with suppress(tarfile.HeaderError):
             tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
             return position
     return None
-
-
-def read_json_label(content):
-    """The bytes of key.json -> its label: of an object, the value of "label" or "cls"; else itself."""
-    value = parse_json(content.decode("utf-8", "surrogateescape"))
-    if isinstance(value, dict):
-        value = value.get("label", value.get("cls"))
-    return check_label(value)
 
 
 def check_label(value):
@@ -487,10 +475,7 @@ def to_rgb(image):
 
 
 def to_8_bits(grey, mode):
-    """Grey values of mode I, I;16 or F -> PIL L. The range is guessed: 16 bits, 8 bits, or 0 to 1.
-
-    Raises ValueError where a value is no number.
-    """
+    """Grey values of mode I, I;16 or F -> PIL L. The range is guessed: 16 bits, 8 bits, or 0 to 1."""
     if not np.isfinite(grey).all():
         raise ValueError("some of its pixels are NaN or infinite")
     largest = grey.max()

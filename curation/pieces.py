@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import UserError
-from distributed import all_reduce_ints, rank, world_size
+from distributed import all_reduce_ints, broadcast_object, rank, world_size
 from sources import LOOSE_FILE, Entry, ImageFiles, expand_braces, index_tar, open_source
 
 VERSION = 2  # of what the stages compute: raise it, and no old result is used again
@@ -119,6 +119,7 @@ def run_jobs(job, numbers, workers):
         except (UserError, OSError) as error:  # anything else is a bug and comes with its traceback
             return error
 
+    numbers = broadcast_object(numbers)  # another process may have listed them later, when some were done
     mine = numbers[rank() :: world_size()]
     loader = ()
     if mine:

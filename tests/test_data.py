@@ -88,7 +88,7 @@ def test_empty_sources_are_one_sentence(tmp_path):
     (tmp_path / "list.jsonl").write_text("{not json\n")
     (tmp_path / "none.jsonl").write_text('{"path": "a.png", "keep": false}\n')
     uris = {
-        f"folder:{tmp_path}/nowhere": "does not exist",
+        f"folder:{tmp_path}/nowhere": "No such file",
         f"folder:{tmp_path}/empty": "is empty",
         f"folder:{tmp_path}/texts": ".txt",
         f"tar:{tmp_path}/missing.tar": "missing.tar",
@@ -295,6 +295,20 @@ def test_a_damaged_header_costs_one_member(tmp_path, capsys):
     assert names == [f"{i}.png" for i in range(12) if i != 2]
     assert all(dataset[i][0].size == (20 + int(name[:-4]),) * 2 for i, name in enumerate(names))
     assert f"t.tar is damaged: the header at byte {header:,} is damaged" in capsys.readouterr().err
+
+
+def test_what_is_not_read_of_a_shard_is_told(tmp_path, capsys):
+    """Behind a hundred damaged headers it gives up; a command says what is lost, as training does."""
+    write_tar(tmp_path / "t.tar", [(f"{i:03d}.png", b"?" * 400) for i in range(300)])
+    content = bytearray((tmp_path / "t.tar").read_bytes())
+    for i in range(0, 300, 2):
+        content[1024 * i] ^= 1
+    (tmp_path / "t.tar").write_bytes(content)
+    assert len(sources.open_images([str(tmp_path / "t.tar")])) == 99
+    assert f"nothing from byte {1024 * 199:,} on is read" in capsys.readouterr().err
+    write_tar(tmp_path / "half.tar", [("a.png", encode(flat_image())), ("b.txt", b"no image")])
+    sources.open_images([str(tmp_path / "half.tar")])
+    assert "1 of 2 samples have no complete image" in capsys.readouterr().err
 
 
 def test_a_shard_cut_between_two_members_is_told(tmp_path, capsys):

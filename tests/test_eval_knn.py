@@ -231,7 +231,7 @@ def test_train_alone_is_split_by_the_command(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "8 images in the bank, 4 queries, 32 pixels out of 32" in printed
     assert "this backbone           1.000" in printed
-    both = ["--test", f"folder:{tmp_path}/train", "--split", "0.5"]
+    both = ["--test", f"folder:{tmp_path}/train", "--split", "0.5", "--split-seed", "3"]
     monkeypatch.setattr(sys, "argv", ["eval_knn.py", *weights, *train, *both])
     with pytest.raises(UserError, match="give --split or --test"):
         eval_knn.main()

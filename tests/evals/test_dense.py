@@ -444,7 +444,7 @@ def test_wrong_data(tmp_path):
     messages = {
         f"folder:{tmp_path}": "has no masks or depth",
         f"pairs:{tmp_path}": "has no masks or depth",
-        f"pairs:{tmp_path}/no:{tmp_path}/masks": "does not exist",
+        f"pairs:{tmp_path}/no:{tmp_path}/masks": "No such file",
         f"pairs:{tmp_path}/images:{tmp_path}/no": "no images and no .npy",
     }
     for source, message in messages.items():
