@@ -117,6 +117,8 @@ class CheckpointWriter:
         remedy = "the earlier ones are intact: make room or choose another train.output_dir"
         if not self.target.parent.parent.is_dir():
             remedy = "the run folder is gone, deleted or moved: start again, or resume from where it is now"
+        elif not step_folders(self.target.parent):
+            remedy = "there is no earlier one: make room or choose another train.output_dir"
         return f"the checkpoint {self.target} could not be written ({reason}); {remedy}"
 
 

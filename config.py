@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import re
+import reprlib
 import sys
 from collections import namedtuple
 from contextlib import suppress
@@ -20,7 +21,6 @@ from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
-from reprlib import repr as short_repr  # cut: a few bytes of YAML can be endless in print
 from typing import Annotated, Literal, Union, get_args, get_origin
 
 import yaml
@@ -33,6 +33,7 @@ Count = Annotated[int, Range(1, 1e15, "a whole number, 1 or more")]
 Number = Annotated[float, Range(0, 1e15, "a number, 0 or more")]
 Positive = Annotated[float, Range(1e-15, 1e15, "a number above 0")]
 Share = Annotated[float, Range(0, 1, "a number from 0 to 1")]
+Part = Annotated[float, Range(0.01, 0.99, "a number from 0.01 to 0.99")]
 Pixels = Annotated[int, Range(1, 65535, "a number of pixels from 1 to 65535")]
 OptionalPixels = Annotated[int, Range(0, 65535, "a number of pixels up to 65535, or 0")]
 Layers = Annotated[int, Range(1, 100, "a whole number from 1 to 100")]
@@ -132,7 +133,7 @@ class Config:
         eval_period_iterations: Whole = 12500  # steps between k-NN evaluations; 0 = only at the end
         train_path: str = ""  # ours: labelled images to search in; empty = no k-NN
         test_path: str = ""  # ours: labelled images to classify; empty = a part of train_path
-        split: Share = 0.25  # ours: that part, of each class
+        split: Part = 0.25  # ours: that part, of each class
         split_seed: Whole = 0  # ours: another number is another part
         knn_k: Count = 20  # ours
         online_limit: Whole = 0  # ours: images of each set used during training; 0 = all
@@ -251,8 +252,10 @@ def convert(kind, value):
         raise ValueError(limit.words)
     if origin is str and value is None:  # YAML reads an empty text as null
         return ""
+    if origin is Path and value:
+        return Path(value)
     if not isinstance(value, origin) or "\0" in str(value):
-        raise ValueError("true or false" if origin is bool else "text without NUL bytes")
+        raise ValueError({bool: "true or false", Path: "a path"}.get(origin, "text without NUL bytes"))
     return value
 
 
@@ -266,6 +269,14 @@ def argument(kind):
             raise argparse.ArgumentTypeError(f"{text!r} must be {e}") from None
 
     return read
+
+
+def short_repr(value):
+    """A value in a message, cut: a few bytes of YAML can be endless in print."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def parse_yaml(text):

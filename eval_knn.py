@@ -15,6 +15,7 @@ import argparse
 import math
 import os
 import sys
+from collections import Counter
 
 import numpy as np
 import torch
@@ -111,7 +112,7 @@ def add_eval_args(parser):
     whole = config.argument(config.Whole)
     add("--train", default="", help="the labelled bank, e.g. folder:/data/train (default: the run's own)")
     add("--test", default="", help="the labelled queries (default: the run's own, or a part of --train)")
-    add("--split", type=config.argument(config.Share), help="that part, of each class (default 0.25)")
+    add("--split", type=config.argument(config.Part), help="that part, of each class (default 0.25)")
     add("--split-seed", type=whole, help="another number is another split (default 0)")
     pixels = config.argument(config.OptionalPixels)
     add("--image-size", type=pixels, default=0, help="side of the square the network sees, in pixels")
@@ -121,16 +122,16 @@ def add_eval_args(parser):
 def apply_eval_args(args, cfg):
     """The arguments above, where given, replace the run's settings. Raises UserError."""
     evaluation = cfg.evaluation
-    if args.test and args.split is not None:
-        raise UserError("--split takes the queries out of --train: give --split or --test, not both")
     if args.train or args.split is not None:
         evaluation.test_path = ""  # the run's own queries have nothing to do with it
     evaluation.train_path = args.train or evaluation.train_path
     evaluation.test_path = args.test or evaluation.test_path
-    if args.split is not None:
-        evaluation.split = args.split
-    if args.split_seed is not None:
-        evaluation.split_seed = args.split_seed
+    for key in ("split", "split_seed"):
+        if getattr(args, key) is None:
+            continue
+        if evaluation.test_path:
+            raise UserError("--split and --split-seed take the queries out of --train: leave out --test")
+        setattr(evaluation, key, getattr(args, key))
     if args.image_size:
         evaluation.image_size = args.image_size
         evaluation.resize_size = args.image_size
@@ -147,7 +148,7 @@ def open_labelled(cfg, path, limit=0, classes=None):
     if classes and dataset.classes != classes:
         odd = ", ".join(sorted(set(dataset.classes) - set(classes))[:3])
         if odd:
-            raise UserError(f"{path} has classes that are unknown, {odd}: they are compared by name")
+            raise UserError(f"{path} has classes that are unknown ({odd}): they are compared by name")
         dataset.renumber(classes)
     return EvalImages(dataset, config.evaluation_size(cfg), cfg.evaluation.resize_size, limit)
 
@@ -165,7 +166,8 @@ def open_eval_sets(cfg, limit=0):
         return split_images(open_labelled(cfg, bank_path), cfg, limit)
     bank = open_labelled(cfg, bank_path, limit)
     queries = open_labelled(cfg, query_path, limit, bank.dataset.classes)
-    check_overlap(bank.files(), queries.files(), "give other images, or --train alone to split it")
+    remedy = "give others, or none (--test, evaluation.test_path) to split the training images"
+    check_overlap(bank.files(), queries.files(), remedy)
     return bank, queries
 
 
@@ -179,8 +181,11 @@ def split_images(images, cfg, limit=0):
     labels = getattr(dataset, "labels", None)
     members = {}  # of each class
     seen = set()
-    for i in images.indices:
-        key = content_key(dataset, i)
+    sizes = [content_key(dataset, i, whole=False) for i in images.indices]
+    number_of_size = Counter(sizes)
+    for i, key in zip(images.indices, sizes):
+        if number_of_size[key] > 1:  # only then is it read
+            key = content_key(dataset, i)
         label = dataset[i][1] if labels is None else labels[i]
         if key not in seen and label >= 0:
             members.setdefault(dataset.classes[label], []).append(i)
@@ -197,7 +202,8 @@ def split_images(images, cfg, limit=0):
         raise UserError(f"{evaluation.train_path} cannot be split: no class has two different images")
     copies = len(images) - len(seen)
     left_out = f"; {copies} copies of others are left out" if copies else ""
-    print(f"{evaluation.train_path} is split: {evaluation.split:g} of each class are queries{left_out}")
+    counts = f"{len(queries)} queries, {len(bank)} images in the bank"
+    print(f"{evaluation.train_path} is split, class by class: {counts}{left_out}")
     return [images.subset(sorted(part), limit) for part in (bank, queries)]
 
 

@@ -128,6 +128,9 @@ def infer_arch(tensors, arch, path, hint=""):
     """
     try:
         D, _, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+        grid = math.isqrt(tensors["pos_embed"].shape[1] - 1)
+        if not grid:
+            raise ValueError("pos_embed has no patch")
         R = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
         heads_of_width = {size["embed_dim"]: size["num_heads"] for size in SIZES.values()}
         inferred = dict(
@@ -135,17 +138,19 @@ def infer_arch(tensors, arch, path, hint=""):
             depth=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
             num_heads=heads_of_width.get(D, max(D // 64, 1)),
             patch_size=patch_size,
-            img_size=patch_size * math.isqrt(tensors["pos_embed"].shape[1] - 1),
+            img_size=patch_size * grid,
             num_register_tokens=R,
             ffn_layer="swiglu" if "blocks.0.mlp.w12.weight" in tensors else "mlp",
             layerscale=1.0 if "blocks.0.ls1.gamma" in tensors else 0,
             interpolate_antialias=R > 0,
             interpolate_offset=0.0 if R else 0.1,
         )
-    except (LookupError, ValueError) as e:
+    except KeyError as e:
         names = ", ".join(list(tensors)[:3])
         raise UserError(f"{path} holds no DINOv2 backbone: it lacks {e}; its first names are "
                         f"{names}{hint}") from e  # fmt: skip
+    except (IndexError, ValueError) as e:
+        raise UserError(f"{path} holds no DINOv2 backbone: no such network has its shapes ({e})") from e
     heads = arch.get("num_heads", inferred["num_heads"])
     if type(heads) is not int or heads < 1 or D % heads:
         heads = config.short_repr(heads)

@@ -75,12 +75,14 @@ def _fetch(url, path, sha256):
                 f.write(piece)
                 digest.update(piece)
                 bar.update(len(piece))
-        if size and f.tell() != size:
+        if not f.tell() or (size and f.tell() != size):
             raise OSError(f"it ended after {f.tell()} of {size} bytes")
         found = digest.hexdigest()
         if sha256 and found != sha256:
             raise OSError(f"its SHA-256 is {found}, not {sha256}")
-    verified = "as expected" if sha256 else "and none is known to compare it with: tools.export pins --sha256"
+    verified = "as expected"
+    if not sha256:
+        verified = "and no sum is known to compare it with; tools.export --sha256 pins one"
     print(f"{path.name}: SHA-256 {found}, {verified}")
 
 

@@ -53,6 +53,7 @@ class RunFolder:
         self.path = Path(broadcast_object(str(path)))
         self.config_text = config_text
         self.facts = facts or {}  # for environment.json
+        self.changed = ""  # settings that differ from those in an existing folder
         self.stop_requested = False  # or the name of a signal
         self.handlers = {}
         self.pid = os.getpid()
@@ -76,21 +77,20 @@ class RunFolder:
             raise UserError(f"{self.path} has files but no config.yaml, so is no run folder: choose another")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = acquire_lock(self.path)
-        changed = ""
         if config.exists():
-            changed = "; ".join(config_differences(config, self.config_text))
+            self.changed = "; ".join(config_differences(config, self.config_text))
         if config.exists() and not resume:
-            other = f" with other settings ({changed})" if changed else ""
+            other = f" with other settings ({self.changed})" if self.changed else ""
             raise UserError(f"{self.path} holds a run{other}: add --resume to go on, or choose another")
-        if changed:
-            print(f"note: the run continues with other settings: {changed}", file=sys.stderr)
 
-    def start(self, step):
-        """The run goes on from `step`: its settings are written, the earlier ones kept under another name.
+    def start(self, step, trains=True):
+        """The run goes on from `step`. Rows of later steps, torn lines and old results are dropped.
 
-        Rows of later steps, which will be run again, torn lines and old results are dropped.
+        If it trains, its settings are written, and the earlier ones kept under another name.
         """
-        if rank() == 0:
+        if rank() == 0 and trains:
+            if self.changed:
+                print(f"note: the run continues with other settings: {self.changed}", file=sys.stderr)
             facts = json.dumps(environment() | self.facts, indent=1)
             for name, text in {"config.yaml": self.config_text, "environment.json": facts}.items():
                 file = self.path / name
@@ -99,6 +99,7 @@ class RunFolder:
                     with atomic_open(earlier) as f:
                         f.write(file.read_bytes())
                 atomic_write_text(file, text)
+        if rank() == 0:
             (self.path / "checkpoints").mkdir(exist_ok=True)
             (self.path / "result.json").unlink(missing_ok=True)
             repair_jsonl(self.path / "metrics.jsonl", step)
@@ -147,19 +148,24 @@ class RunFolder:
                 self.handlers[number] = signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
+        if os.getpid() != self.pid:
+            return  # a data-loading worker, which ends with the run
         self.stop_requested = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-            if rank() == 0 and os.getpid() == self.pid:  # not a data-loading worker; print could be busy
+            if rank() == 0:  # print could be busy
                 with suppress(OSError):
                     os.write(2, b"\nsaving and stopping after this step; Ctrl-C again ends at once\n")
         if self.stop_requested == "SIGHUP":
             silence_dead_terminal()
 
-    def close(self):
-        """Restore the signal handlers and release the lock. Its file stays: deleting it would race."""
+    def restore_signal_handlers(self):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def close(self):
+        """Restore the signal handlers and release the lock. Its file stays: deleting it would race."""
+        self.restore_signal_handlers()
         if self.lock:
             self.lock.close()
 

@@ -214,8 +214,8 @@ class Scenes:
 
     def __init__(self, count=100_000, seed=0, size=64):
         for name, value, least in (("count", count, 1), ("seed", seed, 0), ("size", size, 8)):
-            if not isinstance(value, int) or value < least:
-                raise UserError(f"scenes: {name} must be a whole number of at least {least}, not {value!r}.")
+            if not isinstance(value, int) or not least <= value <= 1e15:
+                raise UserError(f"scenes: {name} must be a whole number from {least} to 1e15, not {value!r}.")
         self.count = count
         self.seed = seed
         self.size = size

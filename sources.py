@@ -38,7 +38,7 @@ MAX_PIXELS = 64_000_000  # 192 MB as RGB; Pillow merely warns at 144 million
 MAX_FILE_BYTES = 1 << 29  # of an image: the limit of pixels at 8 bytes each
 MAX_TEXT_BYTES = 1 << 20  # of a .cls or .json file, a line of a manifest, the extension of a tar header
 MAX_NAME_BYTES = 4096  # of a path; Linux allows no more
-SEARCH_BYTES = 1 << 26  # how far to look for the next header behind a damaged one
+SEARCH_BYTES = 1 << 28  # how far to look for the next header behind a damaged one
 MAX_SHARDS = 1_000_000  # of one pattern
 MAX_DAMAGE = 100  # damaged places in a shard; the rest of it is not read
 LOOSE_FILE = -1  # offset of an image that is a file of its own
@@ -142,6 +142,8 @@ def open_regular(path, limit=MAX_FILE_BYTES):
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError("it is no regular file")
+    if not status.st_size:  # files of /proc say so, too, and may never end
+        raise OSError("it is empty")
     if status.st_size > limit:
         raise OSError(f"it has {status.st_size:,} bytes, the limit is {limit:,}")
     return open(path, "rb")
@@ -174,6 +176,10 @@ def open_source(uri):
         if kind == "ImageNet":  # the other one has no splits
             rest = os.path.join(rest, options.get("split", "train").lower())
         kind = "folder"
+    try:
+        check_name(rest)
+    except ValueError as error:
+        raise UserError(f"dataset_path cannot be read: {error}") from None
     listing = {"folder": list_folder, "tar": list_tar, "list": list_manifest}.get(kind)
     if not listing or not rest:
         known = "scenes:10000, folder:/path, tar:/path/{000..010}.tar or list:/path/manifest.jsonl"
@@ -290,6 +296,8 @@ def index_tar(path):
         raise UserError(f"{path} is not a readable tar: {error}") from error
     if damage and not samples:
         raise UserError(f"{path} is not a readable tar; gunzip it if it is packed ({damage[0]})")
+    if not samples:
+        damage.append("it has no members")
     more = f" (and {len(damage) - 3} more)" if len(damage) > 3 else ""
     return samples, "; ".join(damage[:3]) + more
 
@@ -328,9 +336,10 @@ def add_member(samples, path, member, file):
     if extension in EXTENSIONS and sample.offset == NO_IMAGE:  # the first image of a key counts
         sample = sample._replace(name=name, offset=member.offset_data, size=member.size)
     elif extension == ".json":  # before .cls, since its text is exact
-        value = parse_json(file.read_at(member.offset_data, member.size).decode("utf-8", "surrogateescape"))
+        content = file.read_at(member.offset_data, member.size)
+        value = parse_json(content.decode("utf-8-sig", "surrogateescape"))
         if isinstance(value, dict):
-            value = value.get("label", value.get("cls"))
+            value = value.get("cls") if value.get("label") is None else value["label"]
         sample = sample._replace(label=check_label(value) or sample.label)
     elif extension == ".cls" and not sample.label:
         text = os.fsdecode(file.read_at(member.offset_data, member.size))
@@ -345,7 +354,7 @@ def tar_members(file, damage):
     """
     position = 0  # of the next header
     complete = False
-    while position is not None and len(damage) < MAX_DAMAGE:
+    for _ in range(MAX_DAMAGE):
         file.seek(position)
         reason = ""
         try:
@@ -359,26 +368,37 @@ def tar_members(file, damage):
         except Exception as error:  # the parser does not expect hostile headers: IndexError, RecursionError
             reason = f" ({error})"
         block = file.read_at(position, tarfile.BLOCKSIZE)
+        next_header, only_zeros = find_header(file, position + tarfile.BLOCKSIZE)
         if block.strip(b"\0"):
             damage.append(f"the header at byte {position:,} is damaged{reason}")
-        elif block:
-            complete = True  # the mark of the end; another archive may follow
-        elif not complete:
+        elif not block and not complete:
             damage.append("it has no end, as if cut off")
-        position = find_header(file, position + tarfile.BLOCKSIZE)
-    if position is not None:
-        damage.insert(0, f"too many damaged places: nothing from byte {position:,} on is read")
+        elif next_header is not None or not only_zeros:
+            damage.append(f"more follows the zeros at byte {position:,}: a hole, or a second archive")
+        if next_header is None:
+            if file.total_bytes() - position > SEARCH_BYTES:
+                damage.insert(0, f"nothing from byte {position:,} on is read")
+            return
+        complete = bool(block)
+        position = next_header
+    damage.insert(0, f"too many damaged places: nothing from byte {position:,} on is read")
 
 
 def find_header(file, start):
-    """The position of the first header from `start` on, or None if there is none within SEARCH_BYTES."""
-    end = min(start + SEARCH_BYTES, file.total_bytes())
+    """The position of the first header from `start` on, or None; and whether only zeros lie before it.
+
+    It is looked for within SEARCH_BYTES.
+    """
+    only_zeros = True
     file.seek(start)
-    for position in range(start, end, tarfile.BLOCKSIZE):
-        with suppress(tarfile.HeaderError):
-            tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-            return position
-    return None
+    for position in range(start, min(start + SEARCH_BYTES, file.total_bytes()), tarfile.BLOCKSIZE):
+        block = file.read(tarfile.BLOCKSIZE)
+        if block.strip(b"\0"):
+            with suppress(tarfile.HeaderError):
+                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+                return position, only_zeros
+            only_zeros = False
+    return None, only_zeros
 
 
 def check_label(value):
@@ -388,6 +408,8 @@ def check_label(value):
     """
     if isinstance(value, (dict, list)) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"the label {value!r:.60} is neither a text nor a number")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as tables write whole numbers where some are missing
     label = value if isinstance(value, str) else json.dumps(value)
     os.fsencode(label)  # half of a surrogate pair is no text: UnicodeEncodeError is a ValueError
     return label if value not in (None, "") else None
@@ -403,28 +425,43 @@ def check_name(name):
 def list_manifest(manifest):
     """Curation's manifest, JSON lines with `path`, or `shard` and `key` -> [Entry]; skips `keep: false`."""
     entries = []
+    problems = []
     shards = {}
-    place = manifest
     try:
         with open_regular(manifest, limit=math.inf) as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_TEXT_BYTES), b""), 1):
-                place = f"{manifest} line {number}"
-                if not line.strip():
-                    continue
-                row = parse_json(line.decode())
-                if row.get("keep") is False:
-                    continue
-                path = check_name(os.path.join(os.path.dirname(manifest), row.get("path") or row["shard"]))
-                entry = Entry(path)
-                if not row.get("path"):
-                    if path not in shards:
-                        shards[path] = index_listed_tar(path)
-                    missing = Entry(check_name(f"{path}::{row['key']}"), offset=NO_IMAGE)
-                    entry = shards[path].get(row["key"], missing)
-                entries.append(entry._replace(label=check_label(row.get("label", entry.label))))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{place}: JSON with path, or shard and key, is needed ({error!r})") from error
+                try:
+                    entries += list_line(line, manifest, shards)
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    problems.append(f"{manifest} line {number}: {error!r:.100}")
+                    entries.append(Entry(problems[-1], offset=NO_IMAGE))
+    except OSError as error:
+        raise UserError(f"{manifest} cannot be read: {error}") from error
+    if problems:
+        found = (
+            f"JSON with path, or shard and key, is needed, but {len(problems)} lines are not: {problems[0]}"
+        )
+        if len(problems) == len(entries):
+            raise UserError(found)
+        print(f"warning: {found}", file=sys.stderr)
     return entries
+
+
+def list_line(line, manifest, shards):
+    """A line of a manifest -> [Entry], or []. `shards` keeps the samples of each shard, by path."""
+    if not line.strip():
+        return []
+    row = parse_json(line.decode())
+    if row.get("keep") is False:
+        return []
+    path = check_name(os.path.join(os.path.dirname(manifest), row.get("path") or row["shard"]))
+    entry = Entry(path)
+    if not row.get("path"):
+        if path not in shards:
+            shards[path] = index_listed_tar(path)
+        missing = Entry(check_name(f"{path}::{row['key']}"), offset=NO_IMAGE)
+        entry = shards[path].get(row["key"], missing)
+    return [entry._replace(label=check_label(row.get("label", entry.label)))]
 
 
 def index_listed_tar(path):

@@ -314,7 +314,7 @@ def main(argv=None):
     run = RunFolder(args.output_dir, cfg.to_yaml(), args.resume, dict(kernels=kernels, kernels_why=reason))
     run.install_signal_handlers()
     resumed = checkpoint.resume(state, run.path / "checkpoints") if args.resume else {}
-    run.start(state.step)
+    run.start(state.step, trains=state.step < total_steps(cfg))
     first_step = state.step
     steps = total_steps(cfg)
     micro_batches = make_loader(cfg, dataset, device, first_step, rank, world)
@@ -381,6 +381,7 @@ def main(argv=None):
         if rank == 0:
             checkpoint.save_teacher(*teacher)
     writer.wait()
+    run.restore_signal_handlers()  # all is saved: from here on, Ctrl-C ends at once
     if signalled:
         if rank == 0:
             print(f"stopped at step {state.step} of {steps}; continue with --resume --output-dir {run.path}")

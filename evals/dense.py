@@ -524,7 +524,7 @@ def parse_settings(argv=None):
         help="of the head, the order of images and the random network")  # fmt: skip
     add("--head", type=Path, help="use this head (default for --predict: runs/dense_TASK/head.pth)")
     add("--predict", metavar="IMAGE", help="write a picture of the head's prediction for this image")
-    add("--out", type=Path, help="folder for heads (default: runs/dense_TASK), or --predict's picture")
+    add("--out", type=argument(Path), help="folder for heads (default: runs/dense_TASK), or the picture")
     return parser.parse_args(argv)
 
 

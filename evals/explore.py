@@ -132,7 +132,7 @@ def parse_args():
     add = parser.add_argument
     add("photos", nargs="+", help="images, folders, .tar shards, .jsonl lists; or one URI such as scenes:4")
     add_weights_args(parser)
-    add("--out", type=Path, default="explore.html", help="the page")
+    add("--out", type=config.argument(Path), default="explore.html", help="the page")
     add_photo_args(parser, count=8)
     args = parser.parse_intermixed_args()
     if args.out.suffix.lower() != ".html":

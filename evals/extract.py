@@ -169,7 +169,7 @@ def parse_args():
     add = parser.add_argument
     add("images", nargs="+", help="images, folders, .tar shards, .jsonl lists; or a URI such as scenes:1000")
     add_weights_args(parser)
-    add("--out", type=Path, default="features.npz")
+    add("--out", type=argument(Path), default="features.npz")
     add("--size", type=argument(OptionalPixels), default=0,
         help="side of the square input (default: the run's, or 224)")  # fmt: skip
     add("--fit", choices=("crop", "resize", "pad"), default="crop", help="how an image becomes square: crop "
@@ -205,7 +205,7 @@ def main():
     try:
         done = extract_to_npz(args.out, backbone, images, parts, args.dtype, args.batch_size, args.workers)
     except OSError as e:
-        raise UserError(f"{args.out} cannot be written ({e}): make room; what is done is kept") from None
+        raise UserError(f"{args.out} cannot be written ({e}): make room, or name another --out") from None
     for reason in done["bad"]:
         print("left out:", reason)
     print(f"wrote {args.out}: {done['rows']} rows of {', '.join([*parts, 'labels', 'paths'])}")

@@ -320,7 +320,8 @@ def read_linear_head(file, backbone):
     shapes = {name: list(x.shape) for name, x in head.items()}
     weight_shape = shapes.get("weight", [])
     if len(weight_shape) != 2 or shapes != dict(weight=weight_shape, bias=weight_shape[:1]):
-        raise UserError(f"{file} is not a head of weight (C, d) and bias (C,): it holds {shapes}")
+        found = config.short_repr(shapes)
+        raise UserError(f"{file} is not a head of weight (C, d) and bias (C,): it holds {found}")
     about = read_about(file.with_suffix(".json"), weight_shape[0])
     columns = head_columns(file, backbone, about.get("input"), weight_shape[1])
     fingerprint = backbone_fingerprint(backbone)
@@ -401,7 +402,8 @@ def compare_with_untrained(args, backbone, cfg, out):
     result = fit_and_test(backbone, bank, queries, out / "grid.pth", **options)
     head = result.pop("head")
     about = dict(weights=args.weights, backbone=backbone_fingerprint(backbone),
-                 pixels=[bank.size, bank.resize], classes=bank.dataset.classes)  # fmt: skip
+                 pixels=[bank.size, bank.resize], classes=bank.dataset.classes,
+                 train=cfg.evaluation.train_path)  # fmt: skip
     write_linear_head(out / "head.pth", head, about | result)
     rows = {"this backbone": result}
     if not args.no_baseline and not args.weights.startswith("random:"):
@@ -430,7 +432,7 @@ def parse_args():
         help="images per step (published: 128 on each of 8 GPUs)")  # fmt: skip
     add("--augment", action="store_true", help="a fresh crop of each image in each epoch: slow, as published")
     add("--no-baseline", action="store_true", help="skip the untrained network")
-    add("--out", type=Path, help="folder for head.pth (default: linear/ in the run, or here)")
+    add("--out", type=argument(Path), help="folder for head.pth (default: linear/ in the run, or here)")
     add("--head", type=Path, help="test or predict with this head instead of training one")
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or shards to classify")
     return parser.parse_args()
@@ -456,10 +458,14 @@ def main():
     elif args.head:
         path = cfg.evaluation.test_path
         if not path:
-            raise UserError("no labelled images: give --test, or evaluation.test_path")
+            raise UserError("a head is tested on other labelled images: give --test, or evaluation.test_path")
+        if path == about.get("train"):
+            raise UserError(f"{path} holds the images that the head was trained on: give others")
         queries = open_labelled(cfg, path, args.limit, class_names)
         accuracy = head_accuracy(backbone, queries, *head)
         print(f"{args.head}: top-1 accuracy {accuracy:.3f} on {len(queries)} images, {queries.protocol}")
+        if "train" in about:
+            print(f"it was trained on {about['train']}")
     else:
         try:
             compare_with_untrained(args, backbone, cfg, out)

@@ -97,7 +97,7 @@ def main():
     add("images", nargs="+", help="images, folders or shards to classify")
     add_weights_args(parser)
     add_eval_args(parser)
-    add("--out", type=Path, default="predictions", help="folder for the two pictures")
+    add("--out", type=argument(Path), default="predictions", help="folder for the two pictures")
     add("--k", type=argument(Count), default=20, help="how many neighbours vote")
     args = parser.parse_args()
     photos = open_images(args.images)

@@ -385,7 +385,7 @@ def parse_args():
         "(default: the run's evaluation images)")  # fmt: skip
     add_weights_args(parser)
     add("--against", metavar="WEIGHTS", help="pca, registers: a second backbone, named as in --weights")
-    add("--out", type=Path, help="a .png (default: WHAT.png)")
+    add("--out", type=argument(Path), help="a .png (default: WHAT.png)")
     add_photo_args(parser, count=0)
     add("--per-image", action="store_true", help="pca, training: components of each image by itself")
     add("--foreground", action="store_true", help="pca, training: grey out the background")

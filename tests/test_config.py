@@ -275,6 +275,8 @@ def test_a_value_that_is_endless_in_print_is_cut():
             config.load(overrides=[f"{name}=[{', '.join(lists)}]"])
         assert name in str(caught.value)
         assert len(str(caught.value)) < 1000
+    with pytest.raises(UserError, match="train.seed is a number of thousands of digits, but must be"):
+        config.load(overrides=[f"train.seed=0x{'f' * 4500}"])
 
 
 def test_a_run_of_no_step_is_refused():

@@ -146,7 +146,7 @@ def test_queries_may_lack_classes_and_may_not_have_more(tmp_path):
     bank, queries = eval_sets(train, few)
     assert class_names_of(queries) == 4 * ["bee"] + 4 * ["cat"]
     assert queries.dataset.classes == bank.dataset.classes
-    with pytest.raises(UserError, match="train has classes that are unknown, ant"):
+    with pytest.raises(UserError, match="train has classes that are unknown .ant"):
         eval_sets(few, train)
     with pytest.raises(UserError, match="compared by name"):
         eval_sets(train, "scenes:20")
@@ -154,7 +154,7 @@ def test_queries_may_lack_classes_and_may_not_have_more(tmp_path):
 
 def test_the_same_images_on_both_sides_are_refused(tmp_path):
     train = write_classes(tmp_path / "train", ["a", "b"])
-    with pytest.raises(UserError, match="8 of 8 test images are training images too.*--train alone"):
+    with pytest.raises(UserError, match="8 of 8 test images are training images too.*to split the train"):
         eval_sets(train, train)
     shutil.copytree(tmp_path / "train", tmp_path / "copy")
     with pytest.raises(UserError, match="8 of 8"):
@@ -193,7 +193,7 @@ def test_one_folder_is_split_by_class(tmp_path, capsys):
     for i in range(5):
         shutil.copy(tmp_path / "all" / "a" / "0.png", tmp_path / "all" / "b" / f"copy{i}.png")
     bank, queries = eval_sets(uri)
-    assert "0.25 of each class are queries; 5 copies of others are left out" in capsys.readouterr().out
+    assert "4 queries, 13 images in the bank; 5 copies of others are left out" in capsys.readouterr().out
     assert sorted(class_names_of(queries)) == ["a", "a", "b", "b"]
     assert sorted(class_names_of(bank)) == 6 * ["a"] + 6 * ["b"] + ["single"]
     assert len({*names_of(bank), *names_of(queries)}) == 17
@@ -233,7 +233,7 @@ def test_train_alone_is_split_by_the_command(tmp_path, monkeypatch, capsys):
     assert "this backbone           1.000" in printed
     both = ["--test", f"folder:{tmp_path}/train", "--split", "0.5", "--split-seed", "3"]
     monkeypatch.setattr(sys, "argv", ["eval_knn.py", *weights, *train, *both])
-    with pytest.raises(UserError, match="give --split or --test"):
+    with pytest.raises(UserError, match="leave out --test"):
         eval_knn.main()
 
 

@@ -203,7 +203,7 @@ def test_evaluation_sets_need_labels_and_the_same_classes(tmp_path):
     cats_and_dogs = f"folder:{tmp_path / 'x'}"
     with pytest.raises(UserError, match="flat has no labels"):
         eval_sets(unlabelled, unlabelled)
-    with pytest.raises(UserError, match="y has classes that are unknown, emu: they are compared by name"):
+    with pytest.raises(UserError, match="y has classes that are unknown .emu.: they are compared by name"):
         eval_sets(cats_and_dogs, f"folder:{tmp_path / 'y'}")
     with pytest.raises(UserError, match="evaluation.train_path"):
         eval_sets("", "")

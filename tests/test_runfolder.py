@@ -64,6 +64,15 @@ def test_another_config_is_refused_and_the_difference_named(tmp_path, capsys):
     assert not capsys.readouterr().err  # only speed differs: nothing to tell
 
 
+def test_ctrl_c_is_no_matter_of_the_workers(tmp_path):
+    """They inherit the handler, and a second Ctrl-C must not kill one of them before the run itself."""
+    run = open_run(tmp_path, SETTINGS)
+    run.pid += 1  # as in a process that was forked
+    run.on_signal(signal.SIGINT, None)
+    assert not run.stop_requested
+    run.close()
+
+
 def test_earlier_settings_are_kept_when_a_run_goes_on(tmp_path):
     """Those that made the steps so far: a resume that went nowhere has made none."""
     settings = [config.load(overrides=[f"optim.epochs={epochs}"]).to_yaml() for epochs in (70, 80, 90)]

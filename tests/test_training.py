@@ -149,6 +149,16 @@ def test_a_refused_resume_changes_nothing(reference, tmp_path):
     assert all(path.read_bytes() == content for path, content in files.items())
 
 
+def test_a_finished_run_keeps_the_settings_that_made_it(reference, tmp_path):
+    """--resume with others trains no step: they must not stand beside its result."""
+    shutil.copytree(reference[0], tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    run_tiny(tmp_path / "run", "optim.base_lr=9", "--resume")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    assert (tmp_path / "run" / "result.json").exists()
+    assert not list((tmp_path / "run").glob("*.before-*"))
+
+
 def test_a_run_whose_folder_is_deleted_stops(tmp_path, monkeypatch):
     """At the next write, without making it again, and without the advice to resume what is gone."""
     real = train.train_step

@@ -14,6 +14,7 @@ lines.
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -168,7 +169,9 @@ def parse_args(argv):
     parser.add_argument("weights", help="a run folder, a file or folder of weights, or a released name such "
                         "as dinov2_vits14_reg4")  # fmt: skip
     parser.add_argument("--to", choices=WRITERS, help="the layout to write")
-    parser.add_argument("--out", type=Path, help="a folder (hf), a .safetensors file (timm), a .pth (meta)")
+    parser.add_argument(
+        "--out", type=argument(Path), help="a folder (hf), a .safetensors (timm), a .pth (meta)"
+    )
     parser.add_argument("--download", action="store_true",
                         help="fetch Meta's file of that name if it is not in the cache")  # fmt: skip
     parser.add_argument("--sha256", metavar="HEX", type=argument(Sha256),
@@ -189,6 +192,9 @@ def main(argv=None):
         expected = f"a {suffix} file" if suffix else "a folder"
         raise UserError(f"give --to (hf, timm or meta) and --out, {expected}")
     backbone = load_backbone(weights)
+    for source in (Path(weights), Path(weights) / "teacher.pth"):
+        if os.path.exists(source) and args.out.exists() and args.out.samefile(source):
+            raise UserError(f"--out {args.out} is what is exported: name another")
     try:
         loading = WRITERS[args.to](backbone, args.out)
     except (OSError, RuntimeError) as e:  # torch.save raises the second

@@ -13,6 +13,7 @@ as the MFU that you believe in: none is measured yet.
 """
 
 import argparse
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -230,6 +231,9 @@ def parse_args(argv):
     overrides = []
     for text in args.overrides:
         name, _, value = text.partition("=")
+        if "." not in name and name not in PLAN_SETTINGS:
+            near = get_close_matches(name, PLAN_SETTINGS, n=1, cutoff=0)[0]
+            raise UserError(f"there is no setting {name} of a plan; the nearest is {near}")
         if name in PLAN_SETTINGS:
             try:
                 settings[name] = config.convert(PLAN_KINDS[name], value)

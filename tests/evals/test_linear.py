@@ -598,8 +598,10 @@ def test_a_head_finds_its_classes_by_name(command, tmp_path):
     (tmp_path / "test" / "red").rename(tmp_path / "some" / "red")
     head = ["--head", tmp_path / "out" / "head.pth"]
     assert "1.000 on 12 images" in command(*head, "--test", f"folder:{tmp_path}/some")
+    with pytest.raises(UserError, match="train holds the images that the head was trained on"):
+        command(*head, "--test", f"folder:{tmp_path}/train")
     (tmp_path / "some" / "red").rename(tmp_path / "some" / "rouge")
-    with pytest.raises(UserError, match="some has classes that are unknown, rouge"):
+    with pytest.raises(UserError, match="some has classes that are unknown .rouge"):
         command(*head, "--test", f"folder:{tmp_path}/some")
 
 

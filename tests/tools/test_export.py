@@ -334,6 +334,26 @@ def test_shapes_of_no_network(name, shape, tmp_path):
     refused("w.pth (is not the ViT|holds no DINOv2 backbone)", tmp_path / "w.pth")
 
 
+def test_positions_without_a_patch_are_no_network(tmp_path):
+    torch.save(tiny_backbone().state_dict() | {"pos_embed": torch.ones(1, 1, 32)}, tmp_path / "w.pth")
+    refused("w.pth holds no DINOv2 backbone: .*pos_embed has no patch", tmp_path / "w.pth")
+
+
+def test_what_is_exported_is_not_overwritten(tmp_path):
+    backbone = tiny_backbone()
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save({"teacher": backbone.state_dict(), "arch": backbone.arch}, run / "teacher.pth")
+    before = (run / "teacher.pth").read_bytes()
+    for to, out in (("meta", run / "teacher.pth"), ("hf", run)):
+        with pytest.raises(UserError, match="is what is exported"):
+            export.main([str(run), "--to", to, "--out", str(out)])
+    with pytest.raises(SystemExit):
+        export.main([str(run), "--to", "hf", "--out", ""])
+    assert (run / "teacher.pth").read_bytes() == before
+    assert [path.name for path in run.iterdir()] == ["teacher.pth"]
+
+
 def test_weights_in_a_folder_whose_name_is_no_text(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
@@ -545,7 +565,7 @@ def test_the_sum_of_a_download_is_printed_and_checked(cache, server, monkeypatch
     (cache / file.name).unlink()
     monkeypatch.setattr(hubconf, "_SHA256", {})
     weights.download("vits14")
-    assert f"SHA-256 {own}, and none is known to compare it with" in capsys.readouterr().out
+    assert f"SHA-256 {own}, and no sum is known to compare it with" in capsys.readouterr().out
     with pytest.raises(UserError, match="--sha256 goes with --download"):
         export.main(["vits14", "--sha256", own])
     with pytest.raises(SystemExit):
@@ -556,6 +576,10 @@ def test_a_web_page_is_no_weights_file(cache, server):
     (server / "dinov2_vits14_pretrain.pth").write_text("<html>please log in</html>")
     with pytest.raises(UserError, match="a web page came instead"):
         weights.download("vits14")
+    (server / "dinov2_vits14_pretrain.pth").write_bytes(b"")
+    with pytest.raises(UserError, match="it ended after 0 of"):
+        weights.download("vits14")
+    assert not list(cache.iterdir())
 
 
 # ---- torch.hub and the real packages ---------------------------------------------------------------------
