@@ -142,7 +142,7 @@ def open_regular(path, limit=MAX_FILE_BYTES):
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError("it is no regular file")
-    if not status.st_size:  # files of /proc say so, too, and may never end
+    if not status.st_size and limit < math.inf:  # files of /proc say so, too, and may never end
         raise OSError("it is empty")
     if status.st_size > limit:
         raise OSError(f"it has {status.st_size:,} bytes, the limit is {limit:,}")

@@ -130,7 +130,7 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path, capsys):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_log_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
-    def fill_up(run, step):
+    def fill_up(run, step, trains):
         (run.path / "metrics.jsonl").symlink_to("/dev/full")
 
     monkeypatch.setattr(train.RunFolder, "start", fill_up)

@@ -164,8 +164,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for extra, message in (
         (["--size", "50"], "50 is not a multiple of the patch size, 8"),
         (["--parts", "cls,clss"], "cls,clss"),
-        (["--out", ""], "--out .: it must end in .npz"),
+        (["--out", "folder"], "--out folder: it must end in .npz"),
     ):
         monkeypatch.setattr(sys, "argv", [*argv, *extra])
         with pytest.raises(UserError, match=message):
             extract.main()
+    monkeypatch.setattr(sys, "argv", [*argv, "--out", ""])
+    with pytest.raises(SystemExit):  # else it would be the current folder
+        extract.main()
