@@ -276,7 +276,7 @@ def list_tar(pattern):
 
 
 def index_tar(path):
-    """One pass over the headers of a shard, 20 us each -> {key: Entry}, and its damage in words, or "".
+    """One pass over the headers of a shard -> {key: Entry}, and its damage in words, or "".
 
     Behind a damaged header it goes on with the next one, so that costs one member; a shard that is cut off
     serves as far as it goes. Raises UserError for a file that is no tar.
@@ -430,6 +430,8 @@ def list_manifest(manifest):
     try:
         with open_regular(manifest, limit=math.inf) as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_TEXT_BYTES), b""), 1):
+                if len(line) == MAX_TEXT_BYTES:
+                    raise UserError(f"{manifest} line {number} has no end: it is no manifest")
                 try:
                     entries += list_line(line, manifest, shards)
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -438,9 +440,7 @@ def list_manifest(manifest):
     except OSError as error:
         raise UserError(f"{manifest} cannot be read: {error}") from error
     if problems:
-        found = (
-            f"JSON with path, or shard and key, is needed, but {len(problems)} lines are not: {problems[0]}"
-        )
+        found = f"{len(problems)} lines lack JSON with path, or shard and key: {problems[0]}"
         if len(problems) == len(entries):
             raise UserError(found)
         print(f"warning: {found}", file=sys.stderr)

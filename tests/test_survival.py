@@ -342,7 +342,6 @@ def is_listening(port):
 
 
 @linux
-@pytest.mark.slow
 def test_a_node_dies_comes_back_and_the_run_goes_on(expected, started, tmp_path):
     """Two nodes of one process each. The second is killed, agent and all, and started again."""
     folder = tmp_path / "run"

@@ -537,10 +537,7 @@ def gate(*arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("arch", [pytest.param("80", marks=SLOW), "90", pytest.param("100", marks=SLOW)])
+@pytest.mark.parametrize("arch", ["80", "90", pytest.param("100", marks=pytest.mark.slow)])
 def test_the_gate(arch):
     done = gate(arch)
     assert done.returncode == 0 and done.stdout.endswith("0 failed\n"), done.stdout + done.stderr

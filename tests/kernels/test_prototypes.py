@@ -167,10 +167,7 @@ def test_two_ranks_are_one(tmp_path, kernels):
     close(alone, whole, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "centering, local_crops",
-    [("centering", 0), pytest.param("sinkhorn_knopp", 1, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("centering, local_crops", [("centering", 0), ("sinkhorn_knopp", 1)])
 def test_a_whole_step_is_the_same(centering, local_crops, monkeypatch, one_thread):
     """train_step with the kernels (attention and prototypes) and without: same losses, same gradients."""
     cfg = config.load(model="debug", overrides=[
