@@ -159,13 +159,15 @@ class RunFolder:
         if self.stop_requested == "SIGHUP":
             silence_dead_terminal()
 
-    def restore_signal_handlers(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+    def allow_ctrl_c(self):
+        """All is saved: from now on Ctrl-C ends the process, as it did before."""
+        if signal.SIGINT in self.handlers:
+            signal.signal(signal.SIGINT, self.handlers[signal.SIGINT])
 
     def close(self):
         """Restore the signal handlers and release the lock. Its file stays: deleting it would race."""
-        self.restore_signal_handlers()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.lock:
             self.lock.close()
 

@@ -381,7 +381,7 @@ def main(argv=None):
         if rank == 0:
             checkpoint.save_teacher(*teacher)
     writer.wait()
-    run.restore_signal_handlers()  # all is saved: from here on, Ctrl-C ends at once
+    run.allow_ctrl_c()  # the evaluation may take long
     if signalled:
         if rank == 0:
             print(f"stopped at step {state.step} of {steps}; continue with --resume --output-dir {run.path}")

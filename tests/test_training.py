@@ -1,5 +1,6 @@
 """Whole runs on tiny settings: determinism, resume, signals, results, and clear answers to bad input."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -147,6 +148,32 @@ def test_a_refused_resume_changes_nothing(reference, tmp_path):
         run_tiny(tmp_path / "run", "student.num_register_tokens=2", "--resume")
     del files[tmp_path / "run" / "lock"]  # it names the process
     assert all(path.read_bytes() == content for path, content in files.items())
+
+
+@pytest.fixture
+def handlers():
+    """Ctrl-C as in a terminal (a background job ignores it); all handlers are put back afterwards."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number, stops", [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_ctrl_c_ends_the_last_evaluation(handlers, tmp_path, monkeypatch, number, stops):
+    """All is saved by then; a scheduler's signal lets it finish."""
+
+    def final_results(evaluator, teacher):
+        signal.raise_signal(number)
+        return {}
+
+    monkeypatch.setattr(train.KNNEvaluator, "final_results", final_results)
+    with pytest.raises(KeyboardInterrupt) if stops else contextlib.nullcontext():
+        run_tiny(tmp_path / "run")
+    assert (tmp_path / "run" / "result.json").exists() != stops
+    assert (tmp_path / "run" / "teacher.pth").exists()
 
 
 def test_a_finished_run_keeps_the_settings_that_made_it(reference, tmp_path):
