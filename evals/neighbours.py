@@ -9,19 +9,21 @@ labelled images nearest to it) and reliability.png (how often a share of the vot
 import argparse
 from pathlib import Path
 
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
 
 import config
 from config import Count, UserError, argument
 from eval_knn import (
     add_eval_args,
     apply_eval_args,
+    backbone_features,
     open_eval_sets,
     print_header,
     print_predictions,
 )
-from evals.plot import Plot
-from evals.tiles import contact_sheet, to_pil
+from evals.plot import FONT_SIZE, Plot
+from evals.tiles import TILE_GAP, contact_sheet, text_size, to_pil
 from sources import BadImage, open_images
 from tools.weights import add_weights_args, open_backbone
 
@@ -29,6 +31,14 @@ SHOWN_NEIGHBOURS = 8
 SQUARE_SIDE = 96  # pixels of an image in neighbours.png
 PLOT_SIDE = 360  # pixels of the axes in reliability.png
 DIAGONAL_RED = (200, 60, 40)
+COMPARED_QUERIES = 10  # at most, when networks are compared
+COMPARED_NEIGHBOURS = 5
+COMPARED_SIDE = 64  # pixels of an image there
+FRAME_WIDTH = 3  # pixels
+BLOCK_GAP = 24  # pixels between networks
+MAX_LETTERS = 11  # of the name of a class
+GREEN = (40, 160, 70)
+RED = (215, 50, 45)
 
 
 def reliability_plot(error, bins):
@@ -90,6 +100,78 @@ def draw_neighbours(bank, images, predicted, share, neighbours):
     return contact_sheet(rows, captions=captions)
 
 
+# ---------------------------------------------------------------- two networks side by side
+
+
+def framed_tile(pixels, color):
+    """uint8 (3, S, S) -> PIL image, a small square with a frame around it."""
+    tile = to_pil(pixels).resize((COMPARED_SIDE, COMPARED_SIDE), Image.BICUBIC)
+    return ImageOps.expand(tile, FRAME_WIDTH, color)
+
+
+def one_query_per_class(queries):
+    """The first readable query of each class, in the order of the classes -> numbers of the EvalImages."""
+    first = {}
+    for i in range(len(queries)):
+        if has_label(queries[i]):
+            first.setdefault(queries[i][1], i)
+        if len(first) == min(len(queries.dataset.classes), COMPARED_QUERIES):
+            break
+    return [first[label] for label in sorted(first)]
+
+
+def nearest_images(backbone, bank, queries, count):
+    """The `count` nearest of the bank for each query, by the cosine of [CLS] -> rows (m, count) of the bank.
+
+    Both EvalImages; rows count only readable, labelled images.
+    """
+    known = F.normalize(backbone_features(backbone, bank)[0], dim=-1)
+    unknown = F.normalize(backbone_features(backbone, queries)[0], dim=-1)
+    return (unknown @ known.T).topk(min(count, len(known))).indices
+
+
+def compare_networks(networks, bank, queries):
+    """One query of each class, and beside it the images that each network finds nearest -> PIL image.
+
+    networks: {title: backbone}; bank, queries: labelled EvalImages. A green frame: of the class of the query;
+    red: of another. Nothing is chosen by hand: the queries are the first of their classes.
+    """
+    shown = queries.subset([queries.indices[i] for i in one_query_per_class(queries)])
+    names = [name[:MAX_LETTERS] for name in bank.dataset.classes]
+    items = [shown[i] for i in range(len(shown))]
+    classes = [label for _, label in items]
+    tiles = [[framed_tile(pixels, "white")] for pixels, _ in items]
+    blocks = [("query", contact_sheet(tiles, captions=[[names[label]] for label in classes]))]
+    labelled = [i for i in range(len(bank)) if has_label(bank[i])]  # the rows of the features
+    for title, backbone in networks.items():
+        nearest = nearest_images(backbone, bank, shown, COMPARED_NEIGHBOURS)
+        tiles = []
+        captions = []
+        right = 0
+        for label, row in zip(classes, nearest.tolist()):
+            found = [bank[labelled[j]] for j in row]
+            right += sum(other == label for _, other in found)
+            tiles.append([framed_tile(pixels, GREEN if other == label else RED) for pixels, other in found])
+            captions.append([names[other] for _, other in found])
+        heading = f"nearest, {title}: {right} of {nearest.numel()} are of its class"
+        blocks.append((heading, contact_sheet(tiles, captions=captions)))
+    return place_beside(blocks)
+
+
+def place_beside(blocks):
+    """[(heading, PIL image), ...] from left to right, each heading above its image -> PIL image."""
+    top = text_size("X")[1] + TILE_GAP
+    widths = [max(image.width, text_size(heading)[0]) for heading, image in blocks]
+    width = sum(widths) + BLOCK_GAP * (len(blocks) - 1)
+    canvas = Image.new("RGB", (width, top + max(image.height for _, image in blocks)), "white")
+    x = 0
+    for (heading, image), block_width in zip(blocks, widths):
+        ImageDraw.Draw(canvas).text((x, 0), heading, "black", font_size=FONT_SIZE)
+        canvas.paste(image, (x, top))
+        x += block_width + BLOCK_GAP
+    return canvas
+
+
 def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m evals.neighbours", description=__doc__, formatter_class=form)
@@ -101,7 +183,7 @@ def main():
     add("--k", type=argument(Count), default=20, help="how many neighbours vote")
     args = parser.parse_args()
     photos = open_images(args.images)
-    backbone, cfg = open_backbone(args.weights, args.download)
+    backbone, cfg = open_backbone(args.weights, args.download, args.dtype)
     apply_eval_args(args, cfg)
     bank, queries = open_eval_sets(cfg, args.limit)
     print_header(args.weights, backbone, bank, queries)

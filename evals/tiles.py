@@ -57,7 +57,9 @@ def text_size(text):
     if not text:
         return 0, 0
     canvas = ImageDraw.Draw(Image.new("L", (1, 1)))
-    _, _, right, bottom = canvas.multiline_textbbox((0, 0), text, font_size=FONT_SIZE)
+    _, _, right, _ = canvas.multiline_textbbox((0, 0), text, font_size=FONT_SIZE)
+    tallest = "\n".join(["Xg"] * len(text.split("\n")))  # so that rows without descenders are no lower
+    _, _, _, bottom = canvas.multiline_textbbox((0, 0), tallest, font_size=FONT_SIZE)
     return round(right) + 1, round(bottom) + 3
 
 

@@ -169,17 +169,6 @@ def pca_row(backbone, images, side=TILE_SIDE, per_image=False, hide_background=F
     return tiles
 
 
-def pca_sheet(backbones, images, side=128):
-    """Images, and below them one row of principal components for each backbone -> PIL image.
-
-    backbones: list of VisionTransformer, images uint8 (n, 3, S, S) or a list of (3, H, W).
-    """
-    rows = [[image_tile(image, side) for image in images]]
-    for backbone in backbones:
-        rows.append(pca_row(backbone, images, side))
-    return contact_sheet(rows)
-
-
 def draw_pca(views, names, per_image=False, hide_background=False):
     """Images with their names, and below them a row of components for each View -> PIL image."""
     rows = []
@@ -420,7 +409,8 @@ def draw_picture(args, views, names, cfg):
 def main():
     args = parse_args()
     dataset = open_images(args.photos) if args.photos else None
-    loaded = [(name, *open_backbone(name, args.download)) for name in (args.weights, args.against) if name]
+    names = [name for name in (args.weights, args.against) if name]
+    loaded = [(name, *open_backbone(name, args.download, args.dtype)) for name in names]
     _, _, cfg = loaded[0]
     if not dataset and not cfg.evaluation.test_path:
         raise UserError(f"{args.weights} has no evaluation images: name photos to draw")

@@ -1,6 +1,6 @@
 """One run, or several side by side, as one HTML page: results, curves, pictures, settings, machine.
 
-    python -m tools.report runs/laptop                        # writes runs/laptop/report.html and pca.png
+    python -m tools.report runs/laptop                  # writes runs/laptop/report.html and neighbours.png
     python -m tools.report runs/a runs/b --out report.html    # a colour for each run
 
 Everything is inside the page: it opens from the disk, on a phone too, and can be sent and kept. Curves are
@@ -8,9 +8,10 @@ SVG (tools/metric_plots.py), without JavaScript or a plotting library; dashed li
 that knows nothing, and other values to compare with. A run that is still going, or was killed in the middle
 of a line, is drawn as far as it got.
 
-If a run has evaluation images and has saved a teacher, its folder also gets pca.png: eight of these images as
-the teacher and the same network untrained see them. Expect seconds, nearly all for the pictures: each kept
-checkpoint (ten at most) sees `--images` evaluation images. With `--images 0` there are none, and no pca.png.
+If a run has labelled evaluation images and has saved a teacher, its folder also gets neighbours.png: an image
+of each class, and its nearest by the teacher and by the same network untrained. Expect half a minute, nearly
+all for the pictures: each kept checkpoint (ten at most) sees `--images` evaluation images. With `--images 0`
+there are none, and no neighbours.png.
 """
 
 import argparse
@@ -24,9 +25,11 @@ from typing import NamedTuple
 
 import config
 from config import UserError, Whole, argument, convert, parse_json
+from eval_knn import open_eval_sets
+from evals.neighbours import compare_networks
 from evals.patch_maps import patch_attention
 from evals.tiles import attention_tile, image_tile
-from evals.visualize import large_sample, pca_row, pca_sheet, teachers_through_training
+from evals.visualize import large_sample, pca_row, teachers_through_training
 from features import untrained_copy
 from optim import total_steps
 from runfolder import atomic_open
@@ -264,10 +267,20 @@ def metric_chapters(runs):
 
 # ---------------------------------------------------------------- pictures
 
-PCA_IMAGES = 8  # in pca.png
-PICTURES_HEADING = """<h2>Pictures through training</h2>
+MAX_BANK = 2000  # images among which the neighbours of neighbours.png are sought
+NEIGHBOURS_HEADING = """<h2>Nearest neighbours</h2>
+<p>The first evaluation image of each class, and the images whose [CLS] is nearest to its own: by the teacher,
+and by the same network untrained. Green: of its class. Red: of another.</p>"""
+PICTURES_HEADING = """<h2>Patch tokens through training</h2>
 <p>The teacher of each checkpoint. Colours: the first three principal components of the patch tokens, each
-strip on its own. Attention: from dark blue (none) to yellow (most).</p>"""
+strip on its own. Attention: from dark blue (none) to yellow (most). An untrained network repeats the colours
+of the image, so its strip looks tidy; training replaces them by what patches mean.</p>"""
+
+
+def check_teacher(run):
+    """Raise UserError if the run has saved no teacher yet."""
+    if not (run.folder / "teacher.pth").exists():
+        raise UserError("nothing is saved yet: train.checkpoint_every and train.keep_last say what is")
 
 
 def evaluation_images(run, count):
@@ -275,36 +288,52 @@ def evaluation_images(run, count):
     evaluation = run.cfg.evaluation
     if not evaluation.test_path:
         raise UserError("there are no evaluation images: evaluation.test_path names some")
-    if not (run.folder / "teacher.pth").exists():
-        raise UserError("nothing is saved yet: train.checkpoint_every and train.keep_last say what is")
+    check_teacher(run)
     size = config.evaluation_size(run.cfg)
     return large_sample(open_source(evaluation.test_path), size, evaluation.resize_size or size, count)
 
 
-def write_pca(run):
-    """RUN/pca.png: evaluation images, and below them the principal components of the patch tokens of the
-    teacher, and of the same network untrained. Prints that it did, or why not."""
-    path = run.folder / "pca.png"
+def draw_neighbours(run):
+    """Evaluation images and their nearest ones, by the teacher and the same network untrained -> PIL image.
+
+    Among at most MAX_BANK labelled images. Raises UserError if the run has none, or no saved teacher.
+    """
+    check_teacher(run)
+    teacher, cfg = open_backbone(run.folder)
+    bank, queries = open_eval_sets(cfg, MAX_BANK)
+    untrained = untrained_copy(teacher, cfg, cfg.train.seed)
+    return compare_networks({"after training": teacher, "untrained": untrained}, bank, queries)
+
+
+def write_neighbours(run):
+    """RUN/neighbours.png -> its text in the page. Prints that it is there, or why not."""
+    path = run.folder / "neighbours.png"
     try:
-        images = evaluation_images(run, PCA_IMAGES)
-        teacher, cfg = open_backbone(run.folder)
-        sheet = pca_sheet([teacher, untrained_copy(teacher, cfg, cfg.train.seed)], images)
+        sheet = draw_neighbours(run)
         with atomic_open(path) as f:
             sheet.save(f, "PNG")
     except (UserError, OSError) as e:
         print(f"no {path}: {e}")
-    else:
-        print(f"wrote {path}")
+        return f"<p>{legend_item(run)}No neighbours: {html.escape(str(e))}.</p>"
+    print(f"wrote {path}")
+    url = image_url(sheet, "png")
+    text = "images and their nearest neighbours, after training and untrained"
+    picture = f'<img alt="{text}" width="{sheet.width}" height="{sheet.height}" src="{url}">'
+    return f'<p>{legend_item(run)}</p><div class="wide" tabindex="0">{picture}</div>'
+
+
+def image_url(image, kind):
+    """A PIL image as a URL that holds it; kind: "jpeg" or "png"."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def image_strip(tiles, kind, text):
     """PIL images in a row, inside the page; kind: "jpeg" or "png"."""
     images = ""
     for tile in tiles:
-        buffer = io.BytesIO()
-        tile.save(buffer, kind, quality=85)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        images += f'<img alt="" width="160" height="160" src="data:image/{kind};base64,{data}">'
+        images += f'<img alt="" width="160" height="160" src="{image_url(tile, kind)}">'
     strip = f'<div class="strip" role="img" aria-label="{text}">{images}</div>'
     return f"<figure>{strip}<figcaption>{text}</figcaption></figure>"
 
@@ -377,7 +406,10 @@ def render_report(runs, count):
     for run in runs:
         for warning in run.warnings:
             parts.append(f'<p class="warning" role="alert">{legend_item(run)}{html.escape(warning)}</p>')
-    parts += [html_table(runs, [run.result for run in runs]), *metric_chapters(runs)]
+    parts.append(html_table(runs, [run.result for run in runs]))
+    if count:
+        parts += [NEIGHBOURS_HEADING, *[write_neighbours(run) for run in runs]]
+    parts += metric_chapters(runs)
     if count:
         parts += [PICTURES_HEADING, *[teacher_strips(run, count) for run in runs]]
     if len(runs) > 1:
@@ -419,9 +451,6 @@ def main():
     except OSError as e:
         raise UserError(f"{out} cannot be written ({e}): name another --out") from None
     print(f"wrote {out}: {page.count(b'<svg')} plots, {len(page) / 1e6:.1f} MB")
-    if args.images:
-        for run in runs:
-            write_pca(run)
 
 
 if __name__ == "__main__":

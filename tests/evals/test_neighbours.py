@@ -5,13 +5,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import check_printed_predictions, make_color_sets
+from helpers import check_printed_predictions, make_color_sets, tiny_backbone
 from PIL import Image
 
 from config import UserError
 from eval_knn import calibration
 from evals import neighbours
-from evals.neighbours import reliability_plot
+from evals.neighbours import compare_networks, nearest_images, reliability_plot
+from features import EvalImages
+from scenes import Scenes
 
 
 def test_bars_are_as_high_as_the_accuracy():
@@ -25,6 +27,21 @@ def test_bars_are_as_high_as_the_accuracy():
     assert heights[9] == pytest.approx(360, abs=8)
     assert heights[5] == pytest.approx(180, abs=8)
     assert heights[2] == 0
+
+
+def test_frames_tell_right_from_wrong():
+    """As many pixels are green as frames of right neighbours have, and the others' are red."""
+    bank = EvalImages(Scenes(60, seed=1, size=32), 32)
+    queries = EvalImages(Scenes(30, seed=2, size=32), 32)
+    backbone = tiny_backbone()
+    sheet = np.array(compare_networks({"a": backbone}, bank, queries))
+    first = [[queries[i][1] for i in range(30)].index(label) for label in range(10)]
+    nearest = nearest_images(backbone, bank, queries.subset(first), 5)
+    right = sum(bank[j][1] == label for label, row in enumerate(nearest.tolist()) for j in row)
+    frame = 70**2 - 64**2  # pixels
+    assert (sheet == neighbours.GREEN).all(-1).sum() == right * frame
+    assert (sheet == neighbours.RED).all(-1).sum() == (50 - right) * frame
+    assert 0 < right < 50
 
 
 def test_a_number_of_neighbours(monkeypatch):

@@ -25,8 +25,8 @@ from evals.patch_maps import (
 )
 from evals.plot import Plot
 from evals.tiles import COLORMAP, TILE_SIDE, contact_sheet, image_tile
-from evals.visualize import attention_rows, norm_histogram, pca_row, pca_sheet, teachers_through_training
-from features import EvalImages, open_backbone, untrained_copy
+from evals.visualize import attention_rows, norm_histogram, pca_row, teachers_through_training
+from features import open_backbone, untrained_copy
 from kernels import attention as kernels
 from model import Tokens, VisionTransformer
 from scenes import Scenes
@@ -80,12 +80,6 @@ def test_colours_are_the_components_of_numpy():
     found = principal_components(x, 3).numpy()
     correlation = np.corrcoef(found.T, expected.T)[:3, 3:]
     np.testing.assert_allclose(np.abs(correlation), np.eye(3), atol=1e-5)
-
-
-def test_pca_sheet_has_a_row_per_backbone():
-    images = torch.stack([image for image, _ in EvalImages(Scenes(3, 0, 32), 32)])
-    sheet = pca_sheet([tiny(), tiny()], images, side=50)
-    assert sheet.size == (3 * 54 - 4, 3 * 54 - 4)
 
 
 def object_tokens():

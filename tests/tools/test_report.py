@@ -21,8 +21,10 @@ import config
 import train
 from config import UserError
 from data import sample_masks
+from eval_knn import open_eval_sets
+from evals.neighbours import compare_networks
 from evals.plot import round_ticks
-from evals.visualize import large_sample, pca_row, pca_sheet
+from evals.visualize import large_sample, pca_row
 from features import open_backbone, untrained_copy
 from losses import collapse_warning
 from scenes import Scenes
@@ -487,24 +489,21 @@ def test_pictures_are_the_teachers_views(make, trained, one_thread):
         assert np.array_equal(np.array(decode(url)), np.array(tile))
     outside = r"""(src|href)=(?!"data:image/)|url\(|@import|<script|<link"""
     assert not re.search(outside, page)
-    assert len(re.findall("src=", page)) == 14
+    assert len(re.findall("src=", page)) == 15
 
 
-def test_pca_png_shows_the_teacher_and_an_untrained_network(make, trained, one_thread):
-    (trained / "pca.png").unlink(missing_ok=True)
+def test_neighbours_of_the_teacher_and_an_untrained_network(make, trained, one_thread):
+    (trained / "neighbours.png").unlink(missing_ok=True)
     make(trained)
-    assert not (trained / "pca.png").exists()  # --images 0
-    make(trained, images=1)
+    assert not (trained / "neighbours.png").exists()  # --images 0
+    page = make(trained, images=1)
     teacher, cfg = open_backbone(trained)
-    size = cfg.evaluation.image_size or cfg.crops.global_crops_size
-    images = large_sample(Scenes(9, seed=3), size, size, 8)
-    expected = pca_sheet([teacher, untrained_copy(teacher, cfg, cfg.train.seed)], images)
-    with Image.open(trained / "pca.png") as picture:
-        pixels = np.array(picture)
-    assert np.array_equal(pixels, np.array(expected))
-    teacher_row = pixels[-260:-132]
-    untrained_row = pixels[-128:]
-    assert not np.array_equal(teacher_row, untrained_row)
+    networks = {"after training": teacher, "untrained": untrained_copy(teacher, cfg, cfg.train.seed)}
+    expected = np.array(compare_networks(networks, *open_eval_sets(cfg)))
+    with Image.open(trained / "neighbours.png") as picture:
+        assert np.array_equal(np.array(picture), expected)
+    (url,) = re.findall('<img alt="images and their nearest[^>]*base64,(.*?)"', page)
+    assert np.array_equal(np.array(decode(url)), expected)
 
 
 def test_why_there_are_no_pictures(make, trained, tmp_path, capsys):
@@ -513,23 +512,23 @@ def test_why_there_are_no_pictures(make, trained, tmp_path, capsys):
     assert "No pictures: there are no evaluation images: evaluation.test_path names some" in page
     run = make_run(tmp_path / "blank")
     assert "No pictures: nothing is saved yet: train.checkpoint_every and train.keep" in make(run, images=2)
-    assert not list(tmp_path.glob("*/pca.png"))
+    assert not list(tmp_path.glob("*/neighbours.png"))
     (run / "teacher.pth").write_bytes((trained / "teacher.pth").read_bytes())
     (run / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
     page = make(run, images=2)
     assert "No pictures" in page
     assert "has no checkpoints: train with train.checkpoint_every" in page
-    assert (run / "pca.png").exists()  # it needs none
-    assert "Pictures" not in make(run)
+    assert (run / "neighbours.png").exists()  # it needs none
+    assert "Nearest neighbours" not in make(run)
 
 
-def test_the_command_says_why_there_is_no_pca_png(tmp_path, monkeypatch, capsys):
+def test_the_command_says_why_there_is_no_picture(tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["report.py", str(run)])
     report.main()
-    page, picture = capsys.readouterr().out.splitlines()
+    picture, page = capsys.readouterr().out.splitlines()
     assert page.startswith(f"wrote {run}/report.html: ")
-    assert picture.startswith(f"no {run}/pca.png: nothing is saved yet")
+    assert picture.startswith(f"no {run}/neighbours.png: nothing is saved yet")
 
 
 # ---- a real browser
