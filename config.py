@@ -141,7 +141,7 @@ class Config:
         image_size: OptionalPixels = 0  # ours; 0 = global_crops_size
         resize_size: OptionalPixels = 0  # ours: shorter side before the centre crop; 0 = image_size
     class compute_precision:
-        dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it
+        dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is fast
     class speed:  # ours: these change the time of a run, not its result (beyond rounding)
         device: Literal["auto", "cpu", "cuda"] = "auto"
         checkpointing: Literal["off", "full", "selective"] = "off"  # of activations: less memory, more time

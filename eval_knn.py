@@ -24,7 +24,14 @@ import torch.nn.functional as F
 import config
 from config import UserError
 from distributed import rank
-from features import EvalImages, extract_features, iterate_batches, open_backbone, untrained_copy
+from features import (
+    EvalImages,
+    add_dtype_arg,
+    extract_features,
+    iterate_batches,
+    open_backbone,
+    untrained_copy,
+)
 from model import describe_backbone
 from sources import open_images, open_source, sample_name
 
@@ -382,6 +389,7 @@ def parse_args():
     add = parser.add_argument
     add("--weights", default="runs/laptop", help="a run folder, a .pth file of weights, or a released name "
         "such as dinov2_vits14_reg4; `random:` before it: the same network, untrained")  # fmt: skip
+    add_dtype_arg(parser)
     add_eval_args(parser)
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or shards to classify")
     add("--k", type=config.argument(config.Count), default=20, help="how many neighbours vote on --predict")
@@ -391,7 +399,7 @@ def parse_args():
 def main():
     args = parse_args()
     photos = open_images(args.predict) if args.predict else None
-    backbone, cfg = open_backbone(args.weights)
+    backbone, cfg = open_backbone(args.weights, dtype=args.dtype)
     apply_eval_args(args, cfg)
     bank, queries = open_eval_sets(cfg, args.limit)
     print_header(args.weights, backbone, bank, queries)

@@ -19,7 +19,7 @@ import config
 from config import UserError
 from data import normalize
 from distributed import copy_to_sharded
-from model import SIZES, VisionTransformer, describe_backbone
+from model import SIZES, VisionTransformer, compute_dtype, describe_backbone
 from sources import BadImage, sample_name, to_tensor
 
 CACHE_BYTES = 512 * 2**20  # evaluation images up to this total are decoded once and kept
@@ -242,11 +242,12 @@ def different_settings(theirs, ours):
     return differ
 
 
-def open_backbone(source, load=load_backbone):
+def open_backbone(source, load=load_backbone, dtype="fp32"):
     """--weights -> a frozen VisionTransformer, on the GPU if there is one, and its config.
 
     "random:" before the source gives the same network untrained. The config is that of the run around the
-    weights; a file on its own gets the published evaluation (224 pixels out of 256). Raises UserError.
+    weights; a file on its own gets the published evaluation (224 pixels out of 256). The weights are
+    converted to `dtype` (see model.compute_dtype), and so tokens come out in it. Raises UserError.
     """
     name = str(source).removeprefix("random:")
     untrained = name != str(source)
@@ -266,14 +267,21 @@ def open_backbone(source, load=load_backbone):
         backbone = untrained_copy(load(name), cfg)
     else:
         backbone = load(name)
-    return backbone.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False), cfg
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return backbone.to(device, compute_dtype(dtype, device)).requires_grad_(False), cfg
+
+
+def add_dtype_arg(parser):
+    """--dtype, of every script that sends many images through a frozen backbone."""
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                        help="numbers of the network; auto: bf16 where the hardware has it")  # fmt: skip
 
 
 def untrained_copy(backbone, cfg, seed=0):
     """The same network with random weights: the floor that every number must be compared with."""
     torch.manual_seed(seed)
     untrained = VisionTransformer(**backbone.arch, init_std=cfg.student.init_std)
-    return untrained.to(backbone.norm.weight.device).eval()
+    return untrained.to(backbone.norm.weight).eval()
 
 
 # ---------------------------------------------------------------- images of one size

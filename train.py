@@ -30,7 +30,7 @@ from features import init_from_weights
 from kernels import attention, prototypes
 from kernels.prototypes import SoftTargets
 from losses import Centering, collapse_metrics, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
-from model import DINOv2, describe_backbone, init_weights
+from model import DINOv2, compute_dtype, describe_backbone, init_weights
 from optim import (
     Deadline,
     apply_schedules,
@@ -57,7 +57,7 @@ class TrainState:
 
     def __init__(self, cfg, device="cpu"):
         device = torch.device(device)
-        self.dtype = compute_dtype(cfg, device)
+        self.dtype = compute_dtype(cfg.compute_precision.dtype, device)
         with torch.device("meta"):  # no memory and no numbers, until each rank knows its part
             self.student = DINOv2(cfg, cfg.student.drop_path_rate).train()
             self.ema = DINOv2(cfg).eval().requires_grad_(False)
@@ -199,15 +199,6 @@ def autocast(state):
     return nullcontext() if state.dtype == torch.float32 else torch.autocast(device, state.dtype)
 
 
-def compute_dtype(cfg, device):
-    """fp32, bf16 or fp16 for the matrix products; `auto` is bf16 on a GPU that has it, else fp32."""
-    name = cfg.compute_precision.dtype
-    if name == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bf16" if has_bf16 else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
 def load_frozen_teacher(cfg, device, dtype):
     """The teacher of another run, for distillation. Raises UserError if its outputs do not fit this run."""
     folder = Path(cfg.train.distill_from)
@@ -292,6 +283,9 @@ def print_start(state, cfg, run, dataset, device, kernels, reason):
     print(f"{len(dataset):,} images of {cfg.train.dataset_path}")
     where = f"{dist.world_size()} x {device} in {str(state.dtype).removeprefix('torch.')}"
     print(f"{total_steps(cfg)} steps on {where}, kernels of {kernels}: {reason}", flush=True)
+    if device.type == "cpu" and state.dtype == torch.float32 and cfg.compute_precision.dtype == "auto":
+        print("this processor has no bf16, and fp32 takes nearly twice as long: --max-minutes fits the run "
+              "into the time that you have", flush=True)  # fmt: skip
 
 
 def main(argv=None):

@@ -606,7 +606,7 @@ def main(argv=None):
     photos = open_images([settings.predict]) if settings.predict else None
     if photos and len(photos) > 1:
         raise UserError(f"--predict takes one image, and {settings.predict} holds {len(photos)}")
-    backbone, cfg = open_backbone(settings.weights, settings.download)
+    backbone, cfg = open_backbone(settings.weights, settings.download, settings.dtype)
     folder = Path("runs") / f"dense_{settings.task}"
     head = None
     if settings.head or photos:

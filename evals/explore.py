@@ -143,7 +143,7 @@ def parse_args():
 def main():
     args = parse_args()
     dataset = open_images(args.photos)
-    backbone, cfg = open_backbone(args.weights, args.download)
+    backbone, cfg = open_backbone(args.weights, args.download, args.dtype)
     names, pictures = load_photos(dataset, args.count)
     images = prepare_images(pictures, backbone, cfg, args.size)
     photos, error, pairs = encode_photos(backbone, images, names)

@@ -121,7 +121,8 @@ def append_rows(work, columns, progress, backbone, images, batch_size, num_worke
         for pixels, labels, numbers in iterate_batches(images, batch_size, num_workers, progress["read"]):
             rows = dict(labels=labels, numbers=torch.tensor(numbers, dtype=torch.int64))
             if len(pixels):
-                rows |= backbone(normalize(pixels.to(device)))._asdict()
+                tokens = backbone(normalize(pixels.to(device)))
+                rows |= {name: x.float() for name, x in tokens._asdict().items()}
             for name, (kind, _) in columns.items():
                 if name in rows:
                     files[name].write(np.ascontiguousarray(rows[name].cpu().numpy(), kind))
@@ -175,7 +176,7 @@ def parse_args():
     add("--fit", choices=("crop", "resize", "pad"), default="crop", help="how an image becomes square: crop "
         "the centre, squeeze all of it, or keep its proportions and pad")  # fmt: skip
     add("--parts", default=",".join(PARTS), help="which tokens: some of cls,registers,patches")
-    add("--dtype", choices=("float32", "float16"), default="float32")
+    add("--save-dtype", choices=("float32", "float16"), default="float32", help="numbers in the file")
     add("--batch-size", type=argument(Count), default=64)
     add("--workers", type=argument(Workers), default=0, help="processes that decode images meanwhile")
     return parser.parse_args()
@@ -188,7 +189,7 @@ def main():
         raise UserError(f"--out {args.out}: it must end in .npz")
     if not set(parts) <= set(PARTS):
         raise UserError(f"--parts {args.parts}: choose from {', '.join(PARTS)}")
-    backbone, cfg = open_backbone(args.weights, args.download)
+    backbone, cfg = open_backbone(args.weights, args.download, args.dtype)
     size = args.size or config.evaluation_size(cfg)
     resize = size
     if not args.size and cfg.evaluation.resize_size:
@@ -203,7 +204,8 @@ def main():
     }
     print(f"{args.weights}: {describe_backbone(backbone)}; {len(images)} images, each {shown[args.fit]}")
     try:
-        done = extract_to_npz(args.out, backbone, images, parts, args.dtype, args.batch_size, args.workers)
+        options = parts, args.save_dtype, args.batch_size, args.workers
+        done = extract_to_npz(args.out, backbone, images, *options)
     except OSError as e:
         raise UserError(f"{args.out} cannot be written ({e}): make room, or name another --out") from None
     for reason in done["bad"]:

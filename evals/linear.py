@@ -441,7 +441,7 @@ def parse_args():
 def main():
     args = parse_args()
     photos = open_images(args.predict) if args.predict else None
-    backbone, cfg = open_backbone(args.weights, args.download)
+    backbone, cfg = open_backbone(args.weights, args.download, args.dtype)
     run = Path(args.weights)
     out = args.out or (run / "linear" if run.is_dir() else Path("linear"))
     evaluation = cfg.evaluation

@@ -54,6 +54,7 @@ except ImportError:  # e.g. macOS, where no kernel below is ever called
 # multiple of 16. These four gain nothing by it, and each new shape of a batch would wait for the compiler.
 launched = partial(jit, do_not_specialize=("length", "H", "T", "first_token"))
 # Without cuDNN, whose backward has returned NaN on Hopper (pytorch issue 196678).
+LONGEST_ON_CPU = 512
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # ---------------------------------------------------------------- 1. the specification
@@ -82,13 +83,23 @@ def reference(qkv, groups, scale=None):
     return torch.cat(outputs), maps
 
 
-def sdpa(qkv, groups, scale=None):
-    """The same with PyTorch's own kernels -> out (T, H, D): for CPUs, fp32, and machines without Triton."""
+def pytorch_attention(qkv, groups, scale=None):
+    """The same with PyTorch's own operators -> out (T, H, D): for CPUs, fp32, and machines without Triton."""
+    if scale is None:
+        scale = qkv.shape[-1] ** -0.5
     outputs = []
     with sdpa_kernel(SDPA_BACKENDS) if qkv.is_cuda else nullcontext():
         for q, k, v in split_groups(qkv, groups):
-            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-            outputs.append(out.transpose(1, 2).flatten(0, 1))  # (count * length, H, D)
+            if qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
+                out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            elif q.shape[2] <= LONGEST_ON_CPU:
+                # In 16 bit, PyTorch's flash kernel for CPUs needs six times as long as two plain products,
+                # nearly all of it in its backward pass. So the matrix is written out, where it is small.
+                out = (q * scale @ k.transpose(-2, -1)).softmax(-1) @ v
+            else:
+                with torch.autocast("cpu", enabled=False):
+                    out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale)
+            outputs.append(out.transpose(1, 2).flatten(0, 1).to(qkv.dtype))  # (count * length, H, D)
     return torch.cat(outputs)
 
 
@@ -693,7 +704,7 @@ def attention(qkv, groups, scale=None):
         dtype = torch.get_autocast_dtype(device.type)
     chosen, _ = backend(device, dtype, D)
     if chosen == "pytorch":
-        return sdpa(qkv, groups, scale)
+        return pytorch_attention(qkv, groups, scale)
     flat = []
     for count, length in groups:
         flat += [count, length]

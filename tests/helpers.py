@@ -58,8 +58,9 @@ def tiny_backbone(**options):
 
 
 def debug_config(*overrides):
-    """configs/debug.yaml without drop path: equal batches give equal steps."""
-    return config.load(model="debug", overrides=["student.drop_path_rate=0", *overrides])
+    """configs/debug.yaml without drop path, in fp32: equal batches give equal steps, on any machine."""
+    exact = ["student.drop_path_rate=0", "compute_precision.dtype=fp32"]
+    return config.load(model="debug", overrides=[*exact, *overrides])
 
 
 def random_batch(cfg, B=8, seed=0):
@@ -93,7 +94,8 @@ def take_steps(cfg, steps=1, batch=None):
 # ---------------------------------------------------------------- whole runs
 
 # Ten steps of eight scenes, none of them for k-NN: about a second.
-TINY_RUN = ["--model", "debug", "train.dataset_path=scenes:60:seed=3", "train.batch_size_per_gpu=8",
+TINY_RUN = ["--model", "debug", "compute_precision.dtype=fp32", "train.dataset_path=scenes:60:seed=3",
+            "train.batch_size_per_gpu=8",
             "train.OFFICIAL_EPOCH_LENGTH=10", "train.log_every=1", "optim.epochs=1",
             "optim.warmup_epochs=0.2", "teacher.warmup_teacher_temp_epochs=0.5", "student.drop_path_rate=0.3",
             "evaluation.train_path=", "evaluation.test_path="]  # fmt: skip

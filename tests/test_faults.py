@@ -38,6 +38,7 @@ import distributed
 import sources
 import train
 from config import UserError
+from model import compute_dtype
 from optim import compute_schedules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -217,10 +218,26 @@ class Turing:
 
 def test_auto_takes_no_emulated_bf16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", Turing.is_bf16_supported)
-    assert train.compute_dtype(debug_config(), torch.device("cuda")) == torch.float32
+    assert compute_dtype("auto", "cuda") == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert train.compute_dtype(debug_config(), torch.device("cuda")) == torch.bfloat16
-    assert train.compute_dtype(debug_config(), torch.device("cpu")) == torch.float32
+    assert compute_dtype("auto", "cuda") == torch.bfloat16
+    for abilities in ({}, {"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda abilities=abilities: abilities)
+        assert compute_dtype("auto", "cpu") == torch.float32
+        assert compute_dtype("bf16", "cpu") == torch.bfloat16
+    for ability in ("avx512_bf16", "amx_bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda ability=ability: {ability: True})
+        assert compute_dtype("auto", "cpu") == torch.bfloat16
+        assert compute_dtype("fp32", "cpu") == torch.float32
+
+
+@pytest.mark.parametrize("abilities, dtype", [({}, "float32"), ({"amx_bf16": True}, "bfloat16")])
+def test_the_start_line_says_whether_the_processor_has_bf16(abilities, dtype, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    run_tiny(tmp_path / "run", *SHORT, "compute_precision.dtype=auto")
+    said = capsys.readouterr().out
+    assert f"on 1 x cpu in {dtype}" in said
+    assert ("this processor has no bf16" in said) == (dtype == "float32")
 
 
 def test_restarts_that_torchrun_would_spoil_are_told(monkeypatch, capsys):

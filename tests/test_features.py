@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny_backbone, write_flat_images
 from PIL import Image
-from torch.nn.functional import avg_pool2d
+from torch.nn import functional as F
 
 import config
 import features
@@ -20,7 +20,7 @@ from features import (
     preprocess,
     resize_to_patches,
 )
-from model import Tokens
+from model import Tokens, describe_backbone
 from scenes import Scenes
 from sources import BadImage, open_images, open_source, to_tensor
 
@@ -147,6 +147,22 @@ def test_random_twice_is_the_same_network(tmp_path):
     assert random.pos_embed.abs().max() < 1
 
 
+def test_features_in_bf16_point_where_those_of_fp32_do():
+    """Cosines of every token of ViT-S/14 to those of fp32; printed, see `python -m pytest -s`."""
+    images = EvalImages(Scenes(4, seed=1, size=224), 224)
+    backbone, _ = open_backbone("random:dinov2_vits14_reg4")
+    cls, _, patches = extract_features(backbone, images, patches=True)
+    converted, _ = open_backbone("random:dinov2_vits14_reg4", dtype="bf16")
+    assert converted.norm.weight.dtype == torch.bfloat16
+    assert describe_backbone(converted) == f"{describe_backbone(backbone)}, in bfloat16"
+    found_cls, _, found_patches = extract_features(converted, images, patches=True)
+    assert found_cls.dtype == found_patches.dtype == torch.float32
+    of_cls = F.cosine_similarity(cls, found_cls, dim=-1).min().item()
+    of_patches = F.cosine_similarity(patches, found_patches, dim=-1).min().item()
+    print(f"cosine of bf16 to fp32: [CLS] {of_cls:.5f}, patches {of_patches:.5f} at least")
+    assert min(of_cls, of_patches) > 0.999
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_name_what_they_leave_out(workers, tmp_path):
     write_flat_images(tmp_path / "a", 5, bad=2)  # 0 1 2 3 4 bad0 bad1
@@ -233,7 +249,7 @@ class Oracle(torch.nn.Module):
     def __init__(self, scenes):
         super().__init__()
         masks = [torch.from_numpy(scenes.scene(i)[2] > 0).float() for i in range(60)]
-        self.share = avg_pool2d(torch.stack(masks)[:, None], 4).flatten(1)  # (60, N) foreground per patch
+        self.share = F.avg_pool2d(torch.stack(masks)[:, None], 4).flatten(1)  # (60, N) foreground per patch
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.images_seen = 0
 

@@ -224,7 +224,8 @@ def test_a_step_on_a_pretended_gpu(mode, choice, compiled, monkeypatch):
     """Every tensor is on the GPU, tokens are bf16, and no number is asked for; all but the backward pass."""
     pretend_gpu(monkeypatch)
     monkeypatch.setattr(attention, "CHOICE", choice)
-    cfg = debug_config(f"train.centering={mode}", "student.drop_path_rate=0.2", f"speed.compile={compiled}")
+    cfg = debug_config(f"train.centering={mode}", "student.drop_path_rate=0.2", f"speed.compile={compiled}",
+                       "compute_precision.dtype=auto")  # fmt: skip
     batch = random_batch(cfg)
     torch._dynamo.reset()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode:

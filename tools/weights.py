@@ -57,19 +57,23 @@ PARAMETER_NAMES = {  # ours (and Meta's), without .weight and .bias: (transforme
 
 
 def add_weights_args(parser):
-    """--weights and --download, which every script for frozen features takes."""
+    """--weights, --download and --dtype, which every script for frozen features takes."""
     parser.add_argument("--weights", default="runs/laptop", help="a run folder, a file of weights "
                         "(teacher.pth, Meta's, timm's, Hugging Face's) or a released name such as "
                         "dinov2_vits14_reg4; with random: before it, the same network untrained")  # fmt: skip
     parser.add_argument("--download", action="store_true",
                         help="fetch Meta's file of that name if it is not in the cache")  # fmt: skip
+    features.add_dtype_arg(parser)
 
 
-def open_backbone(source, fetch=False):
-    """--weights and --download -> a frozen VisionTransformer and its config, as features.open_backbone."""
+def open_backbone(source, fetch=False, dtype="fp32"):
+    """--weights, --download and --dtype -> a frozen VisionTransformer and its config.
+
+    As features.open_backbone, for weights of any known layout.
+    """
     if fetch and not str(source).startswith("random:"):
         source = download(source)
-    return features.open_backbone(source, load_backbone)
+    return features.open_backbone(source, load_backbone, dtype)
 
 
 def load_backbone(source):

@@ -28,7 +28,14 @@ from hypothesis import strategies as st
 
 from config import UserError
 from kernels import attention as A
-from kernels.attention import attention, attention_backward, attention_forward, chunk_sizes, reference, sdpa
+from kernels.attention import (
+    attention,
+    attention_backward,
+    attention_forward,
+    chunk_sizes,
+    pytorch_attention,
+    reference,
+)
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings(
@@ -418,7 +425,7 @@ def ours(qkv):
 
 
 def pytorchs(qkv):
-    return sdpa(qkv, GROUPS)
+    return pytorch_attention(qkv, GROUPS)
 
 
 def test_paths_agree():
@@ -442,8 +449,30 @@ def test_paths_agree():
 
 def test_gradcheck_of_the_definition():
     x = torch.randn(7, 3, 1, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda q: sdpa(q, [(1, 4), (1, 3)]), x)
+    assert torch.autograd.gradcheck(lambda q: pytorch_attention(q, [(1, 4), (1, 3)]), x)
     assert torch.autograd.gradcheck(lambda q: reference(q, [(1, 4), (1, 3)], 0.7)[0], x)
+
+
+@pytest.mark.skipif(not ON_CPU, reason="a GPU in 16 bit has the kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pytorchs_own_way_in_16_bit(dtype):
+    """Short sequences as two products, long ones in fp32: the definition, within a few roundings."""
+    groups = [(3, 21), (2, 69), (1, A.LONGEST_ON_CPU + 1)]
+    torch.manual_seed(0)
+    x = torch.randn(sum(count * length for count, length in groups), 3, 2, 32)
+    x[:, 0] *= 3  # scores of a trained network are larger than those of noise
+    weight = torch.randn(len(x), 2, 32)
+    rounded = x.to(dtype).requires_grad_()
+    exact = rounded.detach().double().requires_grad_()
+    with torch.autocast("cpu", dtype):  # as in training
+        out = pytorch_attention(rounded, groups)
+    expected = reference(exact, groups)[0]
+    assert out.dtype == dtype
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for found, wanted in ((out, expected), (rounded.grad, exact.grad)):
+        error = (found - wanted).norm() / wanted.norm()
+        assert error < 4 * EPS[dtype], error
 
 
 def test_selective_checkpointing_saves_the_output(monkeypatch):
