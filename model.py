@@ -176,14 +176,20 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Maps each p x p patch linearly to D numbers: a convolution whose stride is its size."""
+    """Maps each p x p patch linearly to D numbers. The weights are those of a convolution, as in DINOv2."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
+        self.patch_size = patch_size
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images):  # (B, 3, h p, w p) -> (B, h w, D), row by row
-        return self.proj(images).flatten(2).transpose(1, 2)
+        # One product, not self.proj(images): a CPU's bf16 convolution returns memory that it never wrote
+        # where the result is one column wide (torch 2.13.0, tests/test_model.py).
+        p = self.patch_size
+        patches = images.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # (B, 3, h, p, w, p)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, h w, 3 p p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 # ---------------------------------------------------------------- the backbone

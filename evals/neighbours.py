@@ -134,9 +134,13 @@ def compare_networks(networks, bank, queries):
     """One query of each class, and beside it the images that each network finds nearest -> PIL image.
 
     networks: {title: backbone}; bank, queries: labelled EvalImages. A green frame: of the class of the query;
-    red: of another. Nothing is chosen by hand: the queries are the first of their classes.
+    red: of another. Nothing is chosen by hand: the queries are the first of their classes. Raises UserError
+    if no query, or no image of the bank, is readable and labelled.
     """
-    shown = queries.subset([queries.indices[i] for i in one_query_per_class(queries)])
+    first = one_query_per_class(queries)
+    if not first:
+        raise UserError("there is nothing to draw: no query is readable and has a label")
+    shown = queries.subset([queries.indices[i] for i in first])
     names = [name[:MAX_LETTERS] for name in bank.dataset.classes]
     items = [shown[i] for i in range(len(shown))]
     classes = [label for _, label in items]

@@ -53,8 +53,8 @@ except ImportError:  # e.g. macOS, where no kernel below is ever called
 # For kernels that the host launches. By default Triton recompiles when an integer argument becomes 1 or a
 # multiple of 16. These four gain nothing by it, and each new shape of a batch would wait for the compiler.
 launched = partial(jit, do_not_specialize=("length", "H", "T", "first_token"))
+LONGEST_ON_CPU = 512  # tokens: up to here a CPU writes the matrix of scores out, in 16 bit
 # Without cuDNN, whose backward has returned NaN on Hopper (pytorch issue 196678).
-LONGEST_ON_CPU = 512
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # ---------------------------------------------------------------- 1. the specification
@@ -93,8 +93,8 @@ def pytorch_attention(qkv, groups, scale=None):
             if qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
                 out = F.scaled_dot_product_attention(q, k, v, scale=scale)
             elif q.shape[2] <= LONGEST_ON_CPU:
-                # In 16 bit, PyTorch's flash kernel for CPUs needs six times as long as two plain products,
-                # nearly all of it in its backward pass. So the matrix is written out, where it is small.
+                # Two plain products: PyTorch's flash kernel for CPUs takes six times as long in 16 bit, most
+                # of it in the backward pass.
                 out = (q * scale @ k.transpose(-2, -1)).softmax(-1) @ v
             else:
                 with torch.autocast("cpu", enabled=False):

@@ -110,7 +110,8 @@ def main():
         seconds = "  ".join(f"{dtype} {row[dtype]:7.3f} s" for dtype in DTYPES)
         print(f"{name:28s} {seconds}  {row['ratio']:.2f}x ({row['lowest']:.2f}-{row['highest']:.2f})")
     if args.out:
-        facts = {key: value for key, value in environment().items() if key != "git_diff"}
+        machine = environment()
+        facts = {name: machine[name] for name in ("cpu", "cpu_cores", "threads", "torch", "git_commit")}
         args.out.write_text(json.dumps(dict(rows=rows, environment=facts), indent=1) + "\n")
 
 

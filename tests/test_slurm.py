@@ -11,7 +11,14 @@ from helpers import ROOT, read_log
 
 SRUN = '#!/bin/bash\nshift 3\nexec {python} -m torch.distributed.run "$@"\n'  # --cpus-per-task N torchrun
 SCONTROL = '#!/bin/bash\nif [ "$1" = show ]; then echo localhost; else echo "requeued $2"; fi\n'
-SETTINGS = ["--model", "debug", "train.batch_size_per_gpu=4", "evaluation.train_path=", "optim.epochs=12"]
+SETTINGS = [
+    "--model",
+    "debug",
+    "compute_precision.dtype=fp32",
+    "train.batch_size_per_gpu=4",
+    "evaluation.train_path=",
+    "optim.epochs=12",
+]
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from helpers import ROOT, TWO_RANKS, load_teacher, same_tensors, torchrun
 import checkpoint
 
 STEPS = 14  # of eight images, by one process or by two
-SETTINGS = ["--model", "debug", "train.dataset_path=scenes:60:seed=3", "train.log_every=1",
+SETTINGS = ["--model", "debug", "compute_precision.dtype=fp32",
+            "train.dataset_path=scenes:60:seed=3", "train.log_every=1",
             f"train.OFFICIAL_EPOCH_LENGTH={STEPS}", "optim.epochs=1", "optim.warmup_epochs=0.2",
             "optim.freeze_last_layer_epochs=0.1", "teacher.warmup_teacher_temp_epochs=0.5",
             "student.drop_path_rate=0", "crops.local_crops_number=2", "dino.koleo_group=4",

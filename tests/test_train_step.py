@@ -30,7 +30,8 @@ def golden_step(name, monkeypatch, tmp_path):
     golden = np.load(GOLDEN / f"k_step_{name}.npz")
     path = tmp_path / "published.yaml"
     path.write_text(str(golden["cfg"]).replace("vit_tiny_golden", "vit_small"))
-    cfg = config.load(file=path, overrides=["optim.clip_grad=1e9", "train.batch_size_per_gpu=4"])
+    exact = ["optim.clip_grad=1e9", "train.batch_size_per_gpu=4", "compute_precision.dtype=fp32"]
+    cfg = config.load(file=path, overrides=exact)
     state = train.TrainState(cfg)
     student = {}
     teacher = {}

@@ -33,6 +33,7 @@ VARIANTS = {
 }
 SIZE = dict(embed_dim=24, depth=2, num_heads=2)
 SETTINGS = [
+    "compute_precision.dtype=fp32",  # of the products: the weights are fp64
     "dino.head_n_prototypes=48",
     "dino.head_hidden_dim=32",
     "dino.head_bottleneck_dim=16",

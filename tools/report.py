@@ -273,8 +273,9 @@ NEIGHBOURS_HEADING = """<h2>Nearest neighbours</h2>
 and by the same network untrained. Green: of its class. Red: of another.</p>"""
 PICTURES_HEADING = """<h2>Patch tokens through training</h2>
 <p>The teacher of each checkpoint. Colours: the first three principal components of the patch tokens, each
-strip on its own. Attention: from dark blue (none) to yellow (most). An untrained network repeats the colours
-of the image, so its strip looks tidy; training replaces them by what patches mean.</p>"""
+strip on its own. Attention: from dark blue (none) to yellow (most). The components of an untrained network
+are little more than the colours of the image; those of a trained one follow its patterns, patch by patch. So
+the tidier strip is not the better one.</p>"""
 
 
 def check_teacher(run):

@@ -61,6 +61,7 @@ class Stub(torch.nn.Module):
         self.patch_size = patch
         self.num_register_tokens = 0
         self.tokens = tokens
+        self.norm = torch.nn.LayerNorm(width)
         self.arch = dict(embed_dim=width, depth=depth, patch_size=patch)
         self.arch |= dict(num_register_tokens=0, ffn_layer="mlp")
 

@@ -14,6 +14,7 @@ from evals import neighbours
 from evals.neighbours import compare_networks, nearest_images, reliability_plot
 from features import EvalImages
 from scenes import Scenes
+from sources import open_source
 
 
 def test_bars_are_as_high_as_the_accuracy():
@@ -42,6 +43,16 @@ def test_frames_tell_right_from_wrong():
     assert (sheet == neighbours.GREEN).all(-1).sum() == right * frame
     assert (sheet == neighbours.RED).all(-1).sum() == (50 - right) * frame
     assert 0 < right < 50
+
+
+def test_nothing_to_compare(tmp_path):
+    """Queries without a label, or that can't be read."""
+    bank = EvalImages(Scenes(6, seed=1, size=32), 32)
+    (tmp_path / "ring").mkdir()
+    (tmp_path / "ring" / "torn.png").write_bytes(b"no image")
+    queries = EvalImages(open_source(f"folder:{tmp_path}"), 32)
+    with pytest.raises(UserError, match="no query is readable"):
+        compare_networks({"a": tiny_backbone()}, bank, queries)
 
 
 def test_a_number_of_neighbours(monkeypatch):

@@ -21,7 +21,8 @@ from tools import bench, plan
 from tools.isolation import run_isolated
 
 SMALL = ["train.batch_size_per_gpu=4", "crops.global_crops_size=16", "crops.local_crops_size=8",
-         "crops.local_crops_number=2", "dino.head_n_prototypes=40", "train.num_workers=0"]  # fmt: skip
+         "crops.local_crops_number=2", "dino.head_n_prototypes=40", "train.num_workers=0",
+         "compute_precision.dtype=fp32"]  # fmt: skip
 ROW = dict(part="presets", model="debug", off=[], settings=SMALL, steps=1, tflops=0.0)
 NO_DROP_PATH = "student.drop_path_rate=0"
 

@@ -12,7 +12,8 @@ from optim import compute_schedules
 from tools import plan
 
 SMALL = ["train.dataset_path=scenes:40", "train.batch_size_per_gpu=4", "dino.head_n_prototypes=512",
-         "ibot.head_n_prototypes=300", "student.drop_path_rate=0"]  # fmt: skip
+         "ibot.head_n_prototypes=300", "student.drop_path_rate=0",
+         "compute_precision.dtype=fp32"]  # fmt: skip
 
 
 def real_step(*settings):
