@@ -268,6 +268,7 @@ def open_backbone(source, load=load_backbone, dtype="fp32"):
     else:
         backbone = load(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone.loaded_weights = backbone.state_dict()  # which keeps its tensors when the backbone is converted
     return backbone.to(device, compute_dtype(dtype, device)).requires_grad_(False), cfg
 
 

@@ -111,9 +111,8 @@ def compute_dtype(name, device):
     `auto` is bf16 where the hardware multiplies it: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX, which
     do so five times as fast as fp32. Elsewhere bf16 is emulated and slower, and `auto` is fp32.
     """
-    device = torch.device(device)
     if name == "auto":
-        if device.type == "cuda":
+        if torch.device(device).type == "cuda":
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             abilities = torch.cpu.get_capabilities()

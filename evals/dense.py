@@ -43,7 +43,7 @@ from model import Tokens, describe_backbone
 from runfolder import atomic_open
 from scenes import CLASSES
 from sources import BadImage, open_images, open_regular
-from tools.weights import add_weights_args, open_backbone
+from tools.weights import add_weights_args, loaded_weights, open_backbone
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKEN_CACHE_BYTES = 2**30  # for the tokens of all training images
@@ -95,7 +95,7 @@ def block_width(backbone, task):
 def weights_digest(backbone):
     """Sixteen hexadecimal digits that identify the weights: a hash of 64 numbers of each tensor."""
     digest = hashlib.sha256()
-    for tensor in backbone.state_dict().values():
+    for tensor in loaded_weights(backbone).values():
         some = tensor.flatten()[:: max(tensor.numel() // 64, 1)]
         digest.update(some.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

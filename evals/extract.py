@@ -48,7 +48,7 @@ def extract_to_npz(out, backbone, images, parts=PARTS, dtype="float32", batch_si
     """
     work = out.with_name(out.name + ".partial")
     columns = column_types(backbone, images, parts, dtype)
-    progress = dict(job=job_fingerprint(backbone, images, columns), read=0, rows=0, bad=[])
+    progress = dict(job=job_fingerprint(backbone.state_dict(), images, columns), read=0, rows=0, bad=[])
     if (work / "state.json").is_file():
         progress = read_progress(work, columns, progress)
     work.mkdir(parents=True, exist_ok=True)
@@ -96,11 +96,14 @@ def read_progress(work, columns, fresh):
     raise UserError(f"{work} was begun with {others}: delete it or change --out")
 
 
-def job_fingerprint(backbone, images, options):
-    """A hash of all that a job must share with a half-done one to resume it: weights, images and options."""
+def job_fingerprint(weights, images, options):
+    """A hash of all that a job must share with a half-done one to resume it: weights, images and options.
+
+    weights: {name: tensor}.
+    """
     about = (images.size, images.resize, images.fit, len(images), options)
     digest = hashlib.sha256(repr(about).encode())
-    for name, tensor in backbone.state_dict().items():
+    for name, tensor in weights.items():
         some = tensor.flatten()[:: max(tensor.numel() // 512, 1)]  # 512 numbers of each tensor are enough
         digest.update(name.encode() + some.float().cpu().numpy().tobytes())
     for i in images.indices:

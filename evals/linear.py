@@ -44,7 +44,7 @@ from features import EvalImages, iterate_batches, load_image, read_tensors, untr
 from model import SIZES, describe_backbone
 from runfolder import atomic_open, atomic_write_text
 from sources import open_images, sample_name, to_tensor
-from tools.weights import add_weights_args, open_backbone
+from tools.weights import add_weights_args, loaded_weights, open_backbone
 
 LEARNING_RATES = (  # for a batch of 256
     1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # fmt: skip
@@ -275,7 +275,7 @@ def fit_and_test(backbone, bank, queries, file, iterations, batch_size, augment=
             return augmented_batches(backbone, bank, numbers[training], schedule, num_workers)
         return ((features[training[rows]], labels[training[rows]]) for _, rows in schedule)
 
-    job = job_fingerprint(backbone, bank, (iterations, batch_size, augment, labels.tolist()))
+    job = job_fingerprint(backbone.state_dict(), bank, (iterations, batch_size, augment, labels.tolist()))
     probes = init_probes(slices, classes, backbone.norm.weight.device)
     probes = train_probes(probes, slices, batches_from, iterations, batch_size, file, job)
     for name, (weight, bias, *_) in probes.items():
@@ -305,7 +305,7 @@ def write_linear_head(file, head, about):
 
 
 def backbone_fingerprint(backbone):
-    return job_fingerprint(backbone, EvalImages([], 0), ())  # of the weights alone
+    return job_fingerprint(loaded_weights(backbone), EvalImages([], 0), ())  # of the weights alone
 
 
 def read_linear_head(file, backbone):

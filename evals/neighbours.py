@@ -9,7 +9,6 @@ labelled images nearest to it) and reliability.png (how often a share of the vot
 import argparse
 from pathlib import Path
 
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 import config
@@ -18,6 +17,7 @@ from eval_knn import (
     add_eval_args,
     apply_eval_args,
     backbone_features,
+    knn_predict,
     open_eval_sets,
     print_header,
     print_predictions,
@@ -125,9 +125,9 @@ def nearest_images(backbone, bank, queries, count):
 
     Both EvalImages; rows count only readable, labelled images.
     """
-    known = F.normalize(backbone_features(backbone, bank)[0], dim=-1)
-    unknown = F.normalize(backbone_features(backbone, queries)[0], dim=-1)
-    return (unknown @ known.T).topk(min(count, len(known))).indices
+    known, labels = backbone_features(backbone, bank)
+    unknown, _ = backbone_features(backbone, queries)
+    return knn_predict(known, labels, unknown, count)[2]
 
 
 def compare_networks(networks, bank, queries):

@@ -76,6 +76,11 @@ def open_backbone(source, fetch=False, dtype="fp32"):
     return features.open_backbone(source, load_backbone, dtype)
 
 
+def loaded_weights(backbone):
+    """The weights as `open_backbone` found them, whatever --dtype made of them; they tell backbones apart."""
+    return getattr(backbone, "loaded_weights", None) or backbone.state_dict()
+
+
 def load_backbone(source):
     """A frozen backbone in eval mode, from weights of any known layout (always strict). Raises UserError."""
     tensors, _, arch = read_weights(source)

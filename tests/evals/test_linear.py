@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import write_flat_images
+from helpers import tiny_backbone, write_flat_images
 from PIL import Image
 
 from config import UserError
 from data import normalize
 from eval_knn import knn_scores
 from evals import linear
+from evals.dense import weights_digest
 from evals.linear import (
     LEARNING_RATES,
     RandomCrops,
@@ -33,7 +34,7 @@ from evals.linear import (
     train_probes,
     write_linear_head,
 )
-from features import EvalImages
+from features import EvalImages, open_backbone
 from model import SIZES, VisionTransformer
 from scenes import Scenes
 from sources import open_source
@@ -330,6 +331,19 @@ def test_metas_heads_of_all_sizes(size, layers, tmp_path):
     message = rf"{width} inputs \(as from a width of {D}\), but a .*width 48.* gives 96 or 240: it belongs"
     with pytest.raises(UserError, match=message):
         read_linear_head(file, VisionTransformer(48, 4, 2))
+
+
+def test_a_head_belongs_to_its_weights_at_any_dtype(tmp_path):
+    """Trained in bf16 on one machine, a head is used in fp32 on another; but not with other weights."""
+    backbone = tiny_backbone()
+    keys = set()
+    for change in (0, 1e-3):
+        backbone.pos_embed.data += change
+        torch.save({"teacher": backbone.state_dict(), "arch": {"num_heads": 2}}, tmp_path / "w.pth")
+        opened = [open_backbone(tmp_path / "w.pth", dtype=dtype)[0] for dtype in ("fp32", "bf16", "fp16")]
+        assert opened[1].norm.weight.dtype == torch.bfloat16
+        keys |= {(backbone_fingerprint(each), weights_digest(each)) for each in opened}
+    assert len(keys) == 2
 
 
 def test_a_head_as_wide_as_another_input_is_not_taken_for_it(tmp_path):
