@@ -497,23 +497,29 @@ def write_prediction(features, head, image, out):
 # ---------------------------------------------------------------- the command
 
 
+def add_pair_args(parser):
+    """Labelled images and how the network sees them: of this command and of evals/transfer.py."""
+    add = parser.add_argument
+    add("--train", default="scenes:600:seed=20", help="scenes:COUNT, or pairs:IMAGES_DIR:MASKS_OR_DEPTH_DIR")
+    add("--test", default="scenes:200:seed=21", help="the same, for the score")
+    add("--classes", type=argument(NumClasses), default=0, help="number of classes in the masks")
+    add("--ignore", type=int, default=255, help="label for void; if it is 0, the first class is 1")
+    add("--size", type=argument(OptionalPixels), default=0,
+        help="short side of the input in pixels (default: the run's, or 224)")  # fmt: skip
+
+
 def parse_settings(argv=None):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m evals.dense", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("--task", choices=("seg", "depth"), required=True)
     add_weights_args(parser)
-    add("--train", default="scenes:600:seed=20", help="scenes:COUNT, or pairs:IMAGES_DIR:MASKS_OR_DEPTH_DIR")
-    add("--test", default="scenes:200:seed=21", help="the same, for the score")
-    add("--classes", type=argument(NumClasses), default=0, help="number of classes in the masks")
-    add("--ignore", type=int, default=255, help="label for void; if it is 0, the first class is 1")
+    add_pair_args(parser)
     add("--depth-range", type=argument(Positive), nargs=2, default=[0.001, 10.0],
         help="metres (KITTI: 0.001 80)")  # fmt: skip
     add("--depth-scale", type=argument(Positive), default=1000.0,
         help="value of one metre in a 16-bit PNG (KITTI: 256)")  # fmt: skip
     add("--layers", type=int, choices=(1, 4), default=1, help="number of blocks that the head reads")
-    add("--size", type=argument(OptionalPixels), default=0,
-        help="short side of the input in pixels (default: the run's, or 224)")  # fmt: skip
     add("--window", type=argument(OptionalPixels), default=0,
         help="side of the windows for longer images (default: 2 * --size)")  # fmt: skip
     add("--iterations", type=argument(Whole), default=0, help="training steps (default: 1000, for depth 600)")
@@ -547,21 +553,22 @@ def resolve_settings(settings, cfg, about=None, outputs=0):
     nearest, farthest = settings.depth_range
     if nearest >= farthest:
         raise UserError(f"--depth-range {settings.depth_range}: two distances above 0, the smaller one first")
-    settings.names = class_names(settings, about, outputs)
-    if not settings.names and settings.task == "seg":
-        raise UserError("how many classes do the masks have? Add --classes 11, and --ignore 11 if 11 is void")
-
-
-def class_names(settings, about, outputs):
-    """Names for the classes: those of the head from a file, if there is one (outputs > 0), or of the data."""
     if outputs:
-        return about.get("names") or [f"class {k}" for k in range(outputs)]
+        settings.names = about.get("names") or [f"class {k}" for k in range(outputs)]
+    else:
+        settings.names = class_names(settings)
+
+
+def class_names(settings):
+    """Names for the classes of the data, [] for depth in files. UserError if that is not known."""
     on_scenes = settings.train.startswith("scenes")
     if settings.test.startswith("scenes") != on_scenes:
         sets = f"--train {settings.train} and --test {settings.test}"
         raise UserError(f"{sets} do not belong together: give both")
     if on_scenes:
         return ["background", *CLASSES]
+    if not settings.classes and settings.task == "seg":
+        raise UserError("how many classes do the masks have? Add --classes 11, and --ignore 11 if 11 is void")
     return [f"class {k}" for k in range(settings.classes)]
 
 
@@ -580,20 +587,24 @@ def print_results(rows, settings, sets):
             print("left out:", reason)
 
 
+def with_baselines(backbone, cfg, seed):
+    """-> {name: network}: the backbone, and what its numbers must be compared with."""
+    return {
+        "this backbone": backbone,
+        "raw pixels": RawPixels(backbone.arch),
+        "random initialisation": untrained_copy(backbone, cfg, seed),
+    }
+
+
 def compare_networks(settings, backbone, cfg, folder):
     """Train and score a head on the backbone, on raw pixels and on an untrained network."""
     test = Pairs(settings.test, settings)
     train = Pairs(settings.train, settings)
     check_overlap(train.files(), test.files(), "give other pairs to --test")
     print(f"training on {len(train)} images of {settings.train}, testing on {len(test)} of {settings.test}")
-    untrained = untrained_copy(backbone, cfg, settings.seed)
-    networks = (
-        ("this backbone", backbone, "head.pth"),
-        ("raw pixels", RawPixels(backbone.arch), "pixels.pth"),
-        ("random initialisation", untrained, "random.pth"),
-    )
+    files = ("head.pth", "pixels.pth", "random.pth")
     rows = {}
-    for name, network, file in networks:
+    for (name, network), file in zip(with_baselines(backbone, cfg, settings.seed).items(), files):
         features = DenseFeatures(network, settings)
         head = train_dense_head(features, train, folder / file)
         rows[name] = score_head(features, head, test)

@@ -1,6 +1,6 @@
 """One run, or several side by side, as one HTML page: results, curves, pictures, settings, machine.
 
-    python -m tools.report runs/laptop                  # writes runs/laptop/report.html and neighbours.png
+    python -m tools.report runs/laptop                  # writes runs/laptop/report.html and two pictures
     python -m tools.report runs/a runs/b --out report.html    # a colour for each run
 
 Everything is inside the page: it opens from the disk, on a phone too, and can be sent and kept. Curves are
@@ -8,10 +8,10 @@ SVG (tools/metric_plots.py), without JavaScript or a plotting library; dashed li
 that knows nothing, and other values to compare with. A run that is still going, or was killed in the middle
 of a line, is drawn as far as it got.
 
-If a run has labelled evaluation images and has saved a teacher, its folder also gets neighbours.png: an image
-of each class, and its nearest by the teacher and by the same network untrained. Expect half a minute, nearly
-all for the pictures: each kept checkpoint (ten at most) sees `--images` evaluation images. With `--images 0`
-there are none, and no neighbours.png.
+If a run has labelled evaluation images and has saved a teacher, its folder also gets neighbours.png (an image
+of each class, and its nearest by the teacher and by the same network untrained) and, if they are scenes,
+transfer.png (evals/transfer.py). Expect a minute, nearly all for the pictures: each kept checkpoint (ten at
+most) sees `--images` evaluation images. With `--images 0` there are none, and neither of the two files.
 """
 
 import argparse
@@ -26,9 +26,12 @@ from typing import NamedTuple
 import config
 from config import UserError, Whole, argument, convert, parse_json
 from eval_knn import open_eval_sets
+from evals import transfer
+from evals.dense import class_names
 from evals.neighbours import compare_networks
 from evals.patch_maps import patch_attention
 from evals.tiles import attention_tile, image_tile
+from evals.transfer import draw_transfer
 from evals.visualize import large_sample, pca_row, teachers_through_training
 from features import untrained_copy
 from optim import total_steps
@@ -271,6 +274,10 @@ MAX_BANK = 2000  # images among which the neighbours of neighbours.png are sough
 NEIGHBOURS_HEADING = """<h2>Nearest neighbours</h2>
 <p>The first evaluation image of each class, and the images whose [CLS] is nearest to its own: by the teacher,
 and by the same network untrained. Green: of its class. Red: of another.</p>"""
+TRANSFER_SETS = ("--train", "scenes:600:seed=20", "--test", "scenes:5:seed=21")
+TRANSFER_HEADING = """<h2>Label transfer</h2>
+<p>Each patch takes the class of the most similar patch of 600 other scenes: by the teacher's patch tokens, by
+raw pixels, and by the tokens of the same network untrained. A colour is a class, grey the background.</p>"""
 PICTURES_HEADING = """<h2>Patch tokens through training</h2>
 <p>The teacher of each checkpoint. Colours: the first three principal components of the patch tokens, each
 strip on its own. Attention: from dark blue (none) to yellow (most). The components of an untrained network
@@ -306,21 +313,48 @@ def draw_neighbours(run):
     return compare_networks({"after training": teacher, "untrained": untrained}, bank, queries)
 
 
-def write_neighbours(run):
-    """RUN/neighbours.png -> its text in the page. Prints that it is there, or why not."""
-    path = run.folder / "neighbours.png"
+def draw_transfer_sheet(run):
+    """What the patches of a few scenes take as their classes: `evals.transfer.draw_transfer` -> PIL image.
+
+    Raises UserError if the run has saved no teacher.
+    """
+    check_teacher(run)
+    teacher, cfg = open_backbone(run.folder)
+    settings = transfer.make_parser().parse_args(TRANSFER_SETS)
+    settings.size = config.evaluation_size(cfg)
+    settings.names = class_names(settings)
+    results, _ = transfer.compare(teacher, cfg, settings)
+    return draw_transfer(results, settings)
+
+
+def write_picture(run, name, draw, description):
+    """RUN/NAME.png, drawn by `draw(run)` -> its text in the page. Prints that it is there, or why not."""
+    path = run.folder / f"{name}.png"
     try:
-        sheet = draw_neighbours(run)
+        sheet = draw(run)
         with atomic_open(path) as f:
             sheet.save(f, "PNG")
     except (UserError, OSError) as e:
         print(f"no {path}: {e}")
-        return f"<p>{legend_item(run)}No neighbours: {html.escape(str(e))}.</p>"
+        return f"<p>{legend_item(run)}No {name}: {html.escape(str(e))}.</p>"
     print(f"wrote {path}")
     url = image_url(sheet, "png")
-    text = "images and their nearest neighbours, after training and untrained"
-    picture = f'<img alt="{text}" width="{sheet.width}" height="{sheet.height}" src="{url}">'
+    picture = f'<img alt="{description}" width="{sheet.width}" height="{sheet.height}" src="{url}">'
     return f'<p>{legend_item(run)}</p><div class="wide" tabindex="0">{picture}</div>'
+
+
+def comparison_chapters(runs):
+    """Yield the HTML of the pictures that compare a teacher with its untrained network, and write them."""
+    yield NEIGHBOURS_HEADING
+    text = "images and their nearest neighbours, after training and untrained"
+    for run in runs:
+        yield write_picture(run, "neighbours", draw_neighbours, text)
+    on_scenes = [run for run in runs if run.cfg.evaluation.test_path.startswith("scenes")]
+    if on_scenes:  # other images have no masks
+        yield TRANSFER_HEADING
+    text = "scenes, the true classes of their patches, and those of the most similar patches"
+    for run in on_scenes:
+        yield write_picture(run, "transfer", draw_transfer_sheet, text)
 
 
 def image_url(image, kind):
@@ -409,7 +443,7 @@ def render_report(runs, count):
             parts.append(f'<p class="warning" role="alert">{legend_item(run)}{html.escape(warning)}</p>')
     parts.append(html_table(runs, [run.result for run in runs]))
     if count:
-        parts += [NEIGHBOURS_HEADING, *[write_neighbours(run) for run in runs]]
+        parts += comparison_chapters(runs)
     parts += metric_chapters(runs)
     if count:
         parts += [PICTURES_HEADING, *[teacher_strips(run, count) for run in runs]]

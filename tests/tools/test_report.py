@@ -22,12 +22,13 @@ import train
 from config import UserError
 from data import sample_masks
 from eval_knn import open_eval_sets
+from evals import transfer
 from evals.neighbours import compare_networks
 from evals.plot import round_ticks
 from evals.visualize import large_sample, pca_row
 from features import open_backbone, untrained_copy
 from losses import collapse_warning
-from scenes import Scenes
+from scenes import CLASSES, Scenes
 from tools import metric_plots, report
 from tools.metric_plots import AXES_BOTTOM, AXES_LEFT, AXES_RIGHT, AXES_TOP
 from train import Logits
@@ -37,6 +38,7 @@ LOGGED = [
     *("grad_dino_head", "skipped", "entropy", "entropy_mean", "kl", "rank", "lr", "last_layer_lr"),
     *("backbone_lr", "weight_decay", "momentum", "teacher_temp", "images_per_second"),
 ]
+FEW_SCENES = ["--train", "scenes:6:seed=20", "--test", "scenes:3:seed=21"]
 RESULT = dict(knn_top1=0.8, knn_random_init=0.2, knn_pixels=0.25, chance=0.1, steps=60, bad_images=3)
 
 
@@ -61,6 +63,7 @@ def make(monkeypatch, tmp_path, capsys):
         out = tmp_path / "page.html"
         argv = ["report.py", *map(str, runs), "--out", str(out), "--images", str(images)]
         monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(report, "TRANSFER_SETS", FEW_SCENES)
         report.main()
         assert f"wrote {out}: " in capsys.readouterr().out
         return out.read_text()
@@ -489,7 +492,7 @@ def test_pictures_are_the_teachers_views(make, trained, one_thread):
         assert np.array_equal(np.array(decode(url)), np.array(tile))
     outside = r"""(src|href)=(?!"data:image/)|url\(|@import|<script|<link"""
     assert not re.search(outside, page)
-    assert len(re.findall("src=", page)) == 15
+    assert len(re.findall("src=", page)) == 16
 
 
 def test_neighbours_of_the_teacher_and_an_untrained_network(make, trained, one_thread):
@@ -506,29 +509,46 @@ def test_neighbours_of_the_teacher_and_an_untrained_network(make, trained, one_t
     assert np.array_equal(np.array(decode(url)), expected)
 
 
+def test_label_transfer_of_the_teacher_and_its_baselines(make, trained, one_thread):
+    (trained / "transfer.png").unlink(missing_ok=True)
+    page = make(trained, images=1)
+    teacher, cfg = open_backbone(trained)
+    settings = transfer.make_parser().parse_args([*FEW_SCENES, "--size", str(config.evaluation_size(cfg))])
+    settings.names = ["background", *CLASSES]
+    expected = np.array(transfer.draw_transfer(transfer.compare(teacher, cfg, settings)[0], settings))
+    with Image.open(trained / "transfer.png") as picture:
+        assert np.array_equal(np.array(picture), expected)
+    (url,) = re.findall('<img alt="scenes, the true classes[^>]*base64,(.*?)"', page)
+    assert np.array_equal(np.array(decode(url)), expected)
+
+
 def test_why_there_are_no_pictures(make, trained, tmp_path, capsys):
     run = make_run(tmp_path / "run", overrides=["evaluation.test_path="])
     page = make(run, images=2)
     assert "No pictures: there are no evaluation images: evaluation.test_path names some" in page
     run = make_run(tmp_path / "blank")
     assert "No pictures: nothing is saved yet: train.checkpoint_every and train.keep" in make(run, images=2)
-    assert not list(tmp_path.glob("*/neighbours.png"))
+    assert not list(tmp_path.glob("*/*.png"))
     (run / "teacher.pth").write_bytes((trained / "teacher.pth").read_bytes())
     (run / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
     page = make(run, images=2)
     assert "No pictures" in page
     assert "has no checkpoints: train with train.checkpoint_every" in page
     assert (run / "neighbours.png").exists()  # it needs none
-    assert "Nearest neighbours" not in make(run)
+    assert (run / "transfer.png").exists()
+    page = make(run)
+    assert "Nearest neighbours" not in page
+    assert "Label transfer" not in page
 
 
 def test_the_command_says_why_there_is_no_picture(tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["report.py", str(run)])
     report.main()
-    picture, page = capsys.readouterr().out.splitlines()
+    *pictures, page = capsys.readouterr().out.splitlines()
     assert page.startswith(f"wrote {run}/report.html: ")
-    assert picture.startswith(f"no {run}/neighbours.png: nothing is saved yet")
+    for line, name in zip(pictures, ("neighbours", "transfer"), strict=True):
+        assert line.startswith(f"no {run}/{name}.png: nothing is saved yet")
 
 
 # ---- a real browser

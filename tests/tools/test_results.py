@@ -5,11 +5,13 @@ import runpy
 import sys
 
 import pytest
+import torch
+import torch.nn.functional as F
 from helpers import ROOT
 
 import config
 from config import UserError
-from results import ceiling, collect, curation, vitg_cpu
+from results import ceiling, collect, curation, peers, vitg_cpu
 
 SCRIPTS = [*sorted((ROOT / "results").glob("*.py")), ROOT / "tools" / "bench_input.py"]
 RESULT = dict(knn_top1=0.5, chance=0.1)
@@ -28,7 +30,7 @@ def test_help_is_printed_and_nothing_starts(script, monkeypatch, capsys):
 @pytest.mark.parametrize("main, words", [
     (ceiling.main, "0"), (ceiling.main, "many"), (vitg_cpu.main, "-1"), (vitg_cpu.main, "--task none"),
     (curation.main, "truth work --images 0"), (curation.main, "speed --pile 10,x"),
-    (curation.main, "near --images x"), (collect.main, "out.json")])  # fmt: skip
+    (curation.main, "near --images x"), (collect.main, "out.json"), (peers.main, "")])  # fmt: skip
 def test_wrong_numbers_are_refused(main, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", *words.split()])
     with pytest.raises(SystemExit) as end:
@@ -78,3 +80,42 @@ def test_results_of_other_commands_do_not_mix(tmp_path, monkeypatch):
     folders = [make_run(tmp_path / "a", RESULT), make_run(tmp_path / "b", dict(chance=0.1))]
     with pytest.raises(UserError, match="knn_top1 is missing in a result"):
         run_collect(monkeypatch, tmp_path / "out.json", *folders)
+
+
+# ---- beside the peers
+
+
+def test_peers_need_a_clone_of_the_authors_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--authors", str(tmp_path)])
+    with pytest.raises(UserError, match="is no clone of facebookresearch/dinov2: --help says how"):
+        peers.main()
+
+
+def test_the_stand_in_attends_within_each_sequence(monkeypatch):
+    for name in ("xformers", "xformers.ops"):
+        monkeypatch.setitem(sys.modules, name, None)  # so that monkeypatch restores them
+    peers.install_xformers_stand_in()
+    ops = sys.modules["xformers.ops"]
+    long = torch.randn(2, 5, 3, 8)  # (sequences, tokens, heads, head dim)
+    short = torch.randn(4, 3, 3, 8)
+    row = torch.cat([long.flatten(0, 1), short.flatten(0, 1)])[None]
+    mask = ops.fmha.BlockDiagonalMask.from_seqlens([5, 5, 3, 3, 3, 3])
+    mask._batch_sizes = [2, 4]
+    parts = mask.split(ops.memory_efficient_attention(row, row, row, attn_bias=mask))
+    for part, x in zip(parts, (long, short), strict=True):
+        heads_first = x.transpose(1, 2)
+        expected = F.scaled_dot_product_attention(heads_first, heads_first, heads_first).transpose(1, 2)
+        torch.testing.assert_close(part, expected)
+
+
+def test_ratios_to_ours_are_medians_over_rounds():
+    def measured(seconds):
+        return dict(seconds=seconds, peak_gib=seconds)
+
+    rounds = []
+    for ours, theirs in ((1.0, 2.0), (2.0, 3.0), (1.0, 4.0)):
+        rounds.append(
+            {("step", "nanodino, fp32"): measured(ours), ("step", "lightly, fp32"): measured(theirs)}
+        )
+    row = peers.summarize(rounds)["step: lightly, fp32"]
+    assert row == dict(seconds=3.0, peak_gib=4.0, ratio=2.0, lowest=1.5, highest=4.0)
