@@ -42,6 +42,7 @@ from tools.weights import add_weights_args, open_backbone
 
 SHOWN_IMAGES = 5
 BANK_PATCHES = 200_000  # of more, evenly spread ones
+ALL_VOID = "no patch of {} has a class, all are void: see --classes and --ignore"
 CHUNK = 256  # patches that are compared with the bank at once
 
 
@@ -79,7 +80,7 @@ def labelled_bank(features, pairs):
         all_classes.append(classes.flatten()[kept])
     classes = torch.cat(all_classes)
     if not len(classes):
-        raise UserError(f"no patch of {pairs.uri} has a class, all are void: see --classes and --ignore")
+        raise UserError(ALL_VOID.format(pairs.uri))
     return torch.cat(all_tokens), classes
 
 
@@ -90,6 +91,8 @@ def transfer(features, train, test):
     for pixels, tokens, classes in labelled_patches(features, test):
         nearest = torch.cat([(chunk @ bank.T).argmax(1) for chunk in tokens.split(CHUNK)]).cpu()
         results.append((pixels, classes, bank_classes[nearest].view(classes.shape)))
+    if not any((classes >= 0).any() for _, classes, _ in results):
+        raise UserError(ALL_VOID.format(test.uri))
     return results
 
 

@@ -35,17 +35,17 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import config  # noqa: E402
 from data import MultiCropDataset, photometric, sample_masks  # noqa: E402
-from optim import compute_schedules  # noqa: E402
+from results.cpu_speed import VITS16, vits16_step  # noqa: E402
 from runfolder import environment  # noqa: E402
 from sources import Entry, ImageFiles, decode_image  # noqa: E402
-from tools.bench import noise_batches  # noqa: E402
 from tools.bench_input import photo  # noqa: E402
 from tools.isolation import run_isolated  # noqa: E402
-from train import TrainState, train_step  # noqa: E402
 
 BATCH = 8  # images
-GLOBALS, GLOBAL_SIZE = 2, 224
-LOCALS, LOCAL_SIZE = 8, 96
+GLOBALS = 2  # crops of an image
+GLOBAL_SIZE = 224  # pixels
+LOCALS = 8
+LOCAL_SIZE = 96
 PROTOTYPES = 65_536
 TIMED_STEPS = 2  # after one to warm up
 TIMED_BATCHES = 10  # of crops
@@ -66,22 +66,6 @@ def autocast(dtype):
 # ---------------------------------------------------------------- one step of each
 
 
-def our_settings(dtype="fp32"):
-    return config.load(
-        overrides=[
-            "student.arch=vit_small", "student.drop_path_rate=0.1", f"train.batch_size_per_gpu={BATCH}",
-            "speed.compile=off", "train.num_workers=0", f"compute_precision.dtype={dtype}",
-        ])  # fmt: skip
-
-
-def our_step(dtype):
-    cfg = our_settings(dtype)
-    batches = noise_batches(cfg, torch.device("cpu"))
-    state = TrainState(cfg)
-    schedules = compute_schedules(cfg, 0)
-    return lambda: train_step(state, [next(batches)], schedules, cfg)
-
-
 def lightly_step(dtype):
     """The modules of lightly's example examples/pytorch/dinov2.py, combined as there."""
     from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
@@ -99,7 +83,9 @@ def lightly_step(dtype):
     teacher = build().requires_grad_(False).eval()
     teacher.load_state_dict(student.state_dict())
     update_drop_path_rate(student["backbone"].vit, drop_path_rate=0.1, mode="uniform")
-    dino, ibot, koleo = DINOLoss(output_dim=PROTOTYPES), IBOTPatchLoss(output_dim=PROTOTYPES), KoLeoLoss()
+    dino = DINOLoss(output_dim=PROTOTYPES)
+    ibot = IBOTPatchLoss(output_dim=PROTOTYPES)
+    koleo = KoLeoLoss()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 
     def loss_of(global_views, local_views):
@@ -153,7 +139,7 @@ def authors_step(folder, dtype):
     optimizer = torch.optim.AdamW(model.get_params_groups(), lr=1e-3)
     student = list(model.student.parameters())
     teacher = list(model.teacher.parameters())
-    ours = our_settings()
+    ours = config.load(overrides=VITS16)
     number = itertools.count()
 
     def step():
@@ -238,7 +224,7 @@ def install_xformers_stand_in():
 
 
 def our_crops(path):
-    dataset = MultiCropDataset(ImageFiles([Entry(path)]), our_settings())
+    dataset = MultiCropDataset(ImageFiles([Entry(path)]), config.load(overrides=VITS16))
     number = itertools.count()
 
     def crops():
@@ -284,7 +270,7 @@ def contestants(authors, path):
     """-> {(part, who): a function that measures it}."""
     steps = {}
     for dtype in ("fp32", "bf16"):
-        steps[f"nanodino, {dtype}"] = partial(our_step, dtype)
+        steps[f"nanodino, {dtype}"] = partial(vits16_step, dtype)
         steps[f"lightly, {dtype}"] = partial(lightly_step, dtype)
         steps[f"authors, {dtype}"] = partial(authors_step, authors, dtype)
     crops = {

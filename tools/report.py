@@ -31,7 +31,6 @@ from evals.dense import class_names
 from evals.neighbours import compare_networks
 from evals.patch_maps import patch_attention
 from evals.tiles import attention_tile, image_tile
-from evals.transfer import draw_transfer
 from evals.visualize import large_sample, pca_row, teachers_through_training
 from features import untrained_copy
 from optim import total_steps
@@ -324,7 +323,7 @@ def draw_transfer_sheet(run):
     settings.size = config.evaluation_size(cfg)
     settings.names = class_names(settings)
     results, _ = transfer.compare(teacher, cfg, settings)
-    return draw_transfer(results, settings)
+    return transfer.draw_transfer(results, settings)
 
 
 def write_picture(run, name, draw, description):

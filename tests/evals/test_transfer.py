@@ -117,6 +117,10 @@ def test_void_masks_are_an_error(tmp_path):
     settings = make_settings(write_pairs(tmp_path / "a", 1, void=True), "pairs:x:y", 3)
     with pytest.raises(UserError, match="all are void: see --classes and --ignore"):
         labelled_bank(DenseFeatures(Oracle(), settings), Pairs(settings.train, settings))
+    settings = make_settings(write_pairs(tmp_path / "b", 2), settings.train, 3)
+    features = DenseFeatures(Oracle(), settings)
+    with pytest.raises(UserError, match=r"a/masks has a class, all are void"):
+        transfer.transfer(features, Pairs(settings.train, settings), Pairs(settings.test, settings))
 
 
 @pytest.fixture(scope="module")
