@@ -36,6 +36,9 @@ Share = Annotated[float, Range(0, 1, "a number from 0 to 1")]
 Part = Annotated[float, Range(0.01, 0.99, "a number from 0.01 to 0.99")]
 Pixels = Annotated[int, Range(1, 65535, "a number of pixels from 1 to 65535")]
 OptionalPixels = Annotated[int, Range(0, 65535, "a number of pixels up to 65535, or 0")]
+Real = Annotated[float, Range(-1e15, 1e15, "a number")]
+BlackWhite = Literal["auto"] | tuple[Real, Real]
+Bands = Literal["auto"] | tuple[Count] | tuple[Count, Count, Count]
 Layers = Annotated[int, Range(1, 100, "a whole number from 1 to 100")]
 Workers = Annotated[int, Range(0, 1024, "a whole number from 0 to 1024")]
 BelowOne = Annotated[float, Range(0, 0.999999, "a number from 0 to 0.999999")]
@@ -86,6 +89,9 @@ class Config:
         max_nan: Count = 5  # ours: more steps in a row without a finite loss stop the run
         init_from: str = ""  # ours: a run or released weights from which student and teacher start
         distill_from: str = ""  # ours: a run of a larger model, whose teacher stays frozen as the teacher
+    class data:  # ours: how the numbers in image files become colours; all evaluations of a run keep to it
+        range: BlackWhite = "auto"  # the numbers that become black and white, where files do not have 8 bits
+        bands: Bands = "auto"  # one or three channels, counted from 1; auto: as the files say
     class student:
         arch: Literal["vit_laptop", "vit_small", "vit_base", "vit_large", "vit_giant2"] = "vit_large"
         patch_size: Pixels = 16
@@ -140,6 +146,7 @@ class Config:
         batch_size: Count = 256  # ours
         image_size: OptionalPixels = 0  # ours; 0 = global_crops_size
         resize_size: OptionalPixels = 0  # ours: shorter side before the centre crop; 0 = image_size
+        fit: Literal["crop", "resize", "pad"] = "crop"  # ours: the centre, or all of it squeezed or padded
     class compute_precision:
         dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is fast
     class speed:  # ours: these change the time of a run, not its result (beyond rounding)
@@ -147,7 +154,7 @@ class Config:
         checkpointing: Literal["off", "full", "selective"] = "off"  # of activations: less memory, more time
         compile: Literal["auto", "on", "off"] = "auto"  # torch.compile, block by block; auto: on a GPU
         kernels: Literal["auto", "triton", "pytorch"] = "auto"  # auto: triton on a GPU
-        threads: Workers = 0  # per process, on the CPU; 0 = PyTorch's default
+        threads: Workers = 0  # of a step, per process, on the CPU; 0 = PyTorch's default
     # fmt: on
 
     def __init__(self):
@@ -173,10 +180,10 @@ def kinds_of(settings):
     return kinds
 
 
-def read_values(*sources):
+def read_values(kinds, *sources):
     """Paths of YAML files, texts "section.key=value" or None -> {"section.key": value}; the last one wins.
 
-    Runs no YAML tags. Raises UserError.
+    kinds: the settings' annotations, as kinds_of gives them. Runs no YAML tags. Raises UserError.
     """
     values = {}
     for source in filter(None, sources):
@@ -186,7 +193,7 @@ def read_values(*sources):
                 name, equals, text = source.partition("=")
                 if not equals:
                     raise UserError(f"'{name}' is no setting: write section.key=value, e.g. optim.epochs=10")
-                values[name] = parse_yaml(text)
+                values[name] = unquote(text) if kinds.get(name) in (str, Path) else parse_yaml(text)
                 continue
             tree = parse_yaml(source.read_text(encoding="utf-8"))
             tree = {} if tree is None else tree
@@ -199,6 +206,12 @@ def read_values(*sources):
         for section, keys in tree.items():
             values |= {f"{section}.{key}": value for key, value in (keys or {}).items()}
     return values
+
+
+def unquote(text):
+    """A text from the command line as it stands, where YAML would end at "#" or stumble over ": "."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
 
 
 def assign(settings, values):
@@ -313,7 +326,7 @@ def load(file=None, model=None, overrides=()):
     if model and model not in presets:
         near = get_close_matches(model, presets, n=1, cutoff=0)[0]
         raise UserError(f"there is no model {model}; the nearest of {', '.join(presets)} is {near}")
-    values = read_values(presets.get(model), Path(file) if file else None, *overrides)
+    values = read_values(KINDS, presets.get(model), Path(file) if file else None, *overrides)
     for name, only in FIXED.items():
         if values.get(name, only) != only:
             given = short_repr(values[name])
@@ -350,10 +363,18 @@ def check(cfg):
             problems.append(f"{name} {list(value)} must name the smaller number first")
         if name.startswith(("optim.warmup", "optim.freeze")) and value > cfg.optim.epochs:
             problems.append(f"{name} {value:g} is longer than the run, optim.epochs {cfg.optim.epochs:g}")
+    if cfg.data.range != "auto" and cfg.data.range[0] >= cfg.data.range[1]:
+        problems.append(f"data.range {list(cfg.data.range)} must name the smaller number first")
     resize = cfg.evaluation.resize_size
     size = evaluation_size(cfg)
     if 0 < resize < size:
         problems.append(f"evaluation.resize_size {resize} is smaller than the image, {size}")
+    patches = (cfg.crops.global_crops_size // patch_size) ** 2
+    masked = cfg.ibot.mask_sample_probability and int(patches * cfg.ibot.mask_ratio_min_max[1])
+    if cfg.ibot.mask_sample_probability and cfg.ibot.loss_weight and not masked:
+        limits = f"ibot.mask_ratio_min_max {list(cfg.ibot.mask_ratio_min_max)}"
+        problems.append(f"{limits} never masks one of the {patches} patches: raise it, or set "
+                        f"ibot.mask_sample_probability=0")  # fmt: skip
     group = cfg.dino.koleo_group
     batch_size = cfg.train.batch_size_per_gpu
     if group and batch_size % group:

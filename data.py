@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from config import UserError
-from sources import BadImage, sample_name, to_tensor
+from decode import BadImage, to_tensor
+from sources import sample_name
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

@@ -7,8 +7,9 @@
 
 Prints top-1 accuracy for k = 10, 20, 100, 200, beside what any number must beat: chance, raw pixels, and the
 same architecture with random weights. Protocol of DINOv2: cosine similarity of [CLS], votes weighted by
-exp(similarity / 0.07). With --predict: the class of each image, its share of the votes, and how often such a
-share was right among the labelled queries (`python -m evals.neighbours` also draws the neighbours).
+exp(similarity / 0.07). With --predict: the class of each image, its share of the votes, how often such a
+share was right among the queries called so, and how far the image is from everything in the bank (`python -m
+evals.neighbours` also draws the neighbours).
 """
 
 import argparse
@@ -23,20 +24,25 @@ import torch.nn.functional as F
 
 import config
 from config import UserError
+from decode import Reading
 from distributed import rank
 from features import (
     EvalImages,
-    add_dtype_arg,
+    add_fit_arg,
+    add_image_args,
+    apply_image_args,
     extract_features,
     iterate_batches,
     open_backbone,
     untrained_copy,
 )
 from model import describe_backbone
-from sources import open_images, open_source, sample_name
+from sources import open_dataset, open_images, sample_name
+from survey import print_warnings
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
+UNLIKE = 0.99  # of the bank's images are nearer to it: then an image is called unlike all of them
 
 
 def knn_scores(bank, bank_labels, queries, classes, ks=KS, chunk=1024):
@@ -105,6 +111,33 @@ def knn_pixels(bank, queries, ks=KS):
     return knn_accuracy(known - mean, known_labels, unknown - mean, labels, ks)
 
 
+def recall_per_class(predicted, labels, classes):
+    """Which share of each class was found (classes,), nan without queries; and the number of its queries."""
+    count = labels.bincount(minlength=classes)
+    found = labels[predicted == labels].bincount(minlength=classes)
+    return found / count, count
+
+
+def print_recall(bank, queries, names, k=20):
+    """Recall of each class and their mean, if the classes are uneven: accuracy alone would hide a rare one.
+
+    bank, queries: (features, labels). Classes without queries are named, and not averaged.
+    """
+    predicted, _, _ = knn_predict(*bank, queries[0], k)
+    recall, count = recall_per_class(predicted, queries[1], len(names))
+    present = count > 0
+    absent = [name for name, there in zip(names, present.tolist()) if not there]
+    if absent:
+        print(f"no query is of class {', '.join(absent[:10])}{' ...' * (len(absent) > 10)}")
+    if count.max() <= 2 * count[present].min():
+        return
+    balanced = recall[present].mean().item()
+    print(f"balanced accuracy {balanced:.3f} at k = {k}: the mean recall of the classes, which are uneven")
+    worst = recall[present].argsort()[:20]
+    for label in present.nonzero()[:, 0][worst].tolist():
+        print(f"  {names[label]:20s}  {recall[label]:.3f} of {count[label]}")
+
+
 def majority_accuracy(labels):
     """The accuracy of always naming the most frequent class."""
     return (labels.bincount().max() / len(labels)).item()
@@ -123,12 +156,15 @@ def add_eval_args(parser):
     add("--split-seed", type=whole, help="another number is another split (default 0)")
     pixels = config.argument(config.OptionalPixels)
     add("--image-size", type=pixels, default=0, help="side of the square the network sees, in pixels")
+    add_fit_arg(parser)
     add("--limit", type=whole, default=0, help="use only so many images of each set, evenly spread")
 
 
 def apply_eval_args(args, cfg):
-    """The arguments above, where given, replace the run's settings. Raises UserError."""
+    """The arguments above and those of add_image_args, where given, replace the run's settings. UserError."""
     evaluation = cfg.evaluation
+    apply_image_args(args, cfg)
+    evaluation.fit = args.fit or evaluation.fit
     if args.train or args.split is not None:
         evaluation.test_path = ""  # the run's own queries have nothing to do with it
     evaluation.train_path = args.train or evaluation.train_path
@@ -149,7 +185,7 @@ def open_labelled(cfg, path, limit=0, classes=None):
 
     Raises UserError if no image has a label, or if there is a class that is not among these.
     """
-    dataset = open_source(path)
+    dataset = open_dataset(path, cfg.data)
     if not dataset.classes:
         raise UserError(f"{path} has no labels (sub-folders, .cls files): k-NN needs labelled images")
     if classes and dataset.classes != classes:
@@ -157,7 +193,9 @@ def open_labelled(cfg, path, limit=0, classes=None):
         if odd:
             raise UserError(f"{path} has classes that are unknown ({odd}): they are compared by name")
         dataset.renumber(classes)
-    return EvalImages(dataset, config.evaluation_size(cfg), cfg.evaluation.resize_size, limit)
+    evaluation = cfg.evaluation
+    size = config.evaluation_size(cfg)
+    return EvalImages(dataset, size, evaluation.resize_size, limit, evaluation.fit)
 
 
 def open_eval_sets(cfg, limit=0):
@@ -170,9 +208,13 @@ def open_eval_sets(cfg, limit=0):
     if not bank_path:
         raise UserError("no labelled images: give --train, or evaluation.train_path")
     if not query_path:
-        return split_images(open_labelled(cfg, bank_path), cfg, limit)
+        images = open_labelled(cfg, bank_path)
+        print_warnings(images.dataset, bank_path, images.fit)
+        return split_images(images, cfg, limit)
     bank = open_labelled(cfg, bank_path, limit)
     queries = open_labelled(cfg, query_path, limit, bank.dataset.classes)
+    for images, path in ((bank, bank_path), (queries, query_path)):
+        print_warnings(images.dataset, path, images.fit)
     remedy = "give others, or none (--test, evaluation.test_path) to split the training images"
     check_overlap(bank.files(), queries.files(), remedy)
     return bank, queries
@@ -267,6 +309,30 @@ def calibration(share, right, bins=10):
     return error.item(), list(zip(mean_share.tolist(), hit_rate.tolist(), count.tolist()))
 
 
+def distance_rank(bank, queries, chunk=1024):
+    """How far each query is from its nearest neighbour: the share of the bank whose own is nearer, (m,).
+
+    0.998: the query is farther from the bank than 99.8 % of its own images are from the rest of it.
+    """
+    bank = F.normalize(bank, dim=-1)
+    nearest = []
+    for first, rows in zip(range(0, len(bank), chunk), bank.split(chunk)):
+        similarity = rows @ bank.T
+        own = torch.arange(len(rows))
+        similarity[own, first + own] = -2  # not itself
+        nearest.append(similarity.amax(1))
+    nearest = torch.cat(nearest).sort().values
+    of_queries = [(rows @ bank.T).amax(1) for rows in F.normalize(queries, dim=-1).split(chunk)]
+    return 1 - torch.searchsorted(nearest, torch.cat(of_queries)) / len(bank)
+
+
+def hit_rate(share, right, votes):
+    """How often queries with about such a share of the votes were right, and how many there were."""
+    _, bins = calibration(share, right)
+    _, rate, count = bins[min(int(votes * len(bins)), len(bins) - 1)]
+    return rate, count
+
+
 def print_predictions(backbone, bank, queries, photos, k):
     """Prints class and confidence of each of the `photos` (a data set).
 
@@ -275,9 +341,10 @@ def print_predictions(backbone, bank, queries, photos, k):
     """
     known, known_labels = backbone_features(backbone, bank)
     unknown, labels = backbone_features(backbone, queries)
-    predicted, share, _ = knn_predict(known, known_labels, unknown, k)
-    error, bins = calibration(share, predicted == labels)
-    images = EvalImages(photos, bank.size, bank.resize)
+    of_queries, query_share, _ = knn_predict(known, known_labels, unknown, k)
+    right = of_queries == labels
+    error, bins = calibration(query_share, right)
+    images = EvalImages(photos, bank.size, bank.resize, fit=bank.fit)
     features = extract_features(backbone, images)[0]
     for reason in images.bad.values():
         print("left out:", reason)
@@ -286,12 +353,17 @@ def print_predictions(backbone, bank, queries, photos, k):
     predicted, share, neighbours = knn_predict(known, known_labels, features, k)
     names = bank.dataset.classes
     readable = [i for i in range(len(images)) if i not in images.bad]
-    for i, label, votes in zip(readable, predicted.tolist(), share.tolist()):
-        _, hit_rate, count = bins[min(int(votes * len(bins)), len(bins) - 1)]
-        often = "no query had one"
+    ranks = distance_rank(known, features)
+    for i, label, votes, farther in zip(readable, predicted.tolist(), share.tolist(), ranks.tolist()):
+        called = of_queries == label  # the class matters: a rare one may always be wrong
+        rate, count = hit_rate(query_share[called], right[called], votes)
+        often = f"no query was called {names[label]} with such a share"
         if count:
-            often = f"right in {hit_rate:.0%} of {count} queries with such a share"
-        print(f"{sample_name(photos, i)}: {names[label]}, {votes:.0%} of the votes ({often})")
+            often = f"right in {rate:.0%} of {count} queries called {names[label]} with such a share"
+        far = f"farther from the bank than {farther:.1%} of its own images"
+        if farther > UNLIKE:
+            far = f"unlike anything in the bank: {far}"
+        print(f"{sample_name(photos, i)}: {names[label]}, {votes:.0%} of the votes ({often}); {far}")
     print(f"expected calibration error on {len(labels)} queries: {error:.3f}")
     return images, predicted, share, neighbours, (error, bins)
 
@@ -389,7 +461,7 @@ def parse_args():
     add = parser.add_argument
     add("--weights", default="runs/laptop", help="a run folder, a .pth file of weights, or a released name "
         "such as dinov2_vits14_reg4; `random:` before it: the same network, untrained")  # fmt: skip
-    add_dtype_arg(parser)
+    add_image_args(parser)
     add_eval_args(parser)
     add("--predict", nargs="+", metavar="IMAGE", help="images, folders or shards to classify")
     add("--k", type=config.argument(config.Count), default=20, help="how many neighbours vote on --predict")
@@ -398,18 +470,20 @@ def parse_args():
 
 def main():
     args = parse_args()
-    photos = open_images(args.predict) if args.predict else None
     backbone, cfg = open_backbone(args.weights, dtype=args.dtype)
     apply_eval_args(args, cfg)
     bank, queries = open_eval_sets(cfg, args.limit)
     print_header(args.weights, backbone, bank, queries)
-    if photos:
+    if args.predict:
+        photos = open_images(args.predict, Reading.from_config(cfg.data))
         print_predictions(backbone, bank, queries, photos, args.k)
         return
     workers = cfg.train.num_workers
     untrained = untrained_copy(backbone, cfg)
+    known = backbone_features(backbone, bank, num_workers=workers)
+    unknown = backbone_features(backbone, queries, num_workers=workers)
     rows = {
-        "this backbone": knn_backbone(backbone, bank, queries, num_workers=workers),
+        "this backbone": knn_accuracy(*known, *unknown),
         "random initialisation": knn_backbone(untrained, bank, queries, num_workers=workers),
         "raw pixels": knn_pixels(bank, queries),
     }
@@ -417,6 +491,7 @@ def main():
     for name, row in rows.items():
         print(f"{name:22s}" + "".join(f"  {accuracy:<7.3f}" for accuracy in row.values()))
     print(f"{'chance':22s}  {majority_accuracy(pixel_features(queries, 1)[1]):.3f}")
+    print_recall(known, unknown, bank.dataset.classes)
     for image in [*bank.bad.values(), *queries.bad.values()]:
         print("skipped", image)
 

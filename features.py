@@ -5,6 +5,7 @@ DINOv2's own parameter names, Meta's released ones among them; any other layout 
 `python -m tools.export WEIGHTS --to meta --out weights.pth`. Nothing is ever downloaded here.
 """
 
+import argparse
 import math
 import os
 import re
@@ -18,14 +19,19 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import config
 from config import UserError
 from data import normalize
+from decode import BadImage, Reading, to_tensor
 from distributed import copy_to_sharded
 from model import SIZES, VisionTransformer, compute_dtype, describe_backbone
-from sources import BadImage, sample_name, to_tensor
+from sources import sample_name
 
 CACHE_BYTES = 512 * 2**20  # evaluation images up to this total are decoded once and kept
 MAX_ELONGATION = 32  # of an image: longer ones show nothing to a patch
 IMAGENET_GREY = (124, 116, 104)  # ImageNet's mean colour: zero for the network
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+RANK_SHARD = (
+    "one rank's FSDP shard of the parameters: gather it first (save the full state dict from rank 0, in the "
+    "program that trained it)"
+)
 
 # ---------------------------------------------------------------- weights from files
 
@@ -35,36 +41,69 @@ def read_weights(source):
 
     Names are DINOv2's own, without "backbone.". Raises UserError for anything else.
     """
-    tensors, arch = read_tensors(find_weights(source, convert_hint(source)))
+    hint = convert_hint(source)
+    tensors, arch = read_tensors(find_weights(source, hint), hint)
     return *split_heads(tensors), arch
 
 
-def read_tensors(path):
+def read_tensors(path, hint=""):
     """A file that torch.save wrote -> named tensors, architecture (or {}). Never runs code from the file."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a pickle that wants to run code, a truncated zip, an HTML page saved as .pth ...
-        problem = "is damaged or incomplete" if zipfile.is_zipfile(path) else "is not a file of plain tensors"
-        raise UserError(f"{path} {problem} ({type(e).__name__}): download or export it again") from e
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not named tensors: it is no weights file")
+    content = load_plain_data(path)
     tensors = content.get("teacher", content.get("model", content))
     arch = content.get("arch") or {}
-    named = isinstance(tensors, dict) and all(map(torch.is_tensor, tensors.values()))
-    named = named and all(isinstance(name, str) and name.isprintable() for name in tensors)
-    if not named or not isinstance(arch, dict):
-        raise UserError(f"{path} holds other things than named tensors: it is no weights file")
-    check_tensors(tensors, path)
+    check_named(tensors, arch, path, hint)
+    check_tensors(tensors, path, hint)
     return tensors, arch
 
 
-def check_tensors(tensors, path):
+def load_plain_data(path):
+    """The dict in a file that torch.save wrote: of tensors, plain values and argparse.Namespaces at most.
+
+    Code in the file is never run. Raises UserError, which names a class that is not allowed.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the settings of many a checkpoint
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a pickle that wants to run code, a truncated zip, an HTML page saved as .pth ...
+        raise UserError(f"{path} {describe_load_error(e, path)}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not named tensors: it is no weights file")
+    return content
+
+
+def describe_load_error(error, path):
+    """What torch.load refused, and the remedy: the rest of a sentence that begins with the path."""
+    not_allowed = re.search(r"GLOBAL ([\w.]{1,200})", str(error))
+    if not_allowed and not_allowed[1].startswith("torch.distributed."):
+        return f"holds {RANK_SHARD}"
+    if not_allowed:
+        return (f"holds a {not_allowed[1]} besides its tensors, and reading that could run code: in the "
+                f"program that wrote it, save the state_dict() of the network alone")  # fmt: skip
+    if "TorchScript" in str(error):
+        return "is a TorchScript program: save the state_dict() of the network instead"
+    problem = "is not a file of plain tensors"
+    if zipfile.is_zipfile(path):
+        problem = "is damaged, incomplete or a zip file of another program"
+    return f"{problem} ({type(error).__name__}): download or export it again"
+
+
+def check_named(tensors, arch, path, hint=""):
+    """Raise UserError unless tensors is {printable name: tensor} and arch is a dict."""
+    named = isinstance(tensors, dict) and all(map(torch.is_tensor, tensors.values()))
+    named = named and all(isinstance(name, str) and name.isprintable() for name in tensors)
+    if not named or not isinstance(arch, dict):
+        raise UserError(f"{path} holds other things than named tensors: it is no weights file{hint}")
+
+
+def check_tensors(tensors, path, hint=""):
     """Raise UserError for a tensor that can't be a weight: not plain numbers, or not finite as fp32."""
     for name, x in tensors.items():
+        if type(x) not in (torch.Tensor, torch.nn.Parameter):  # a DTensor
+            raise UserError(f"{path} holds {RANK_SHARD} ({name} is a {type(x).__name__})")
         plain = x.dtype in WEIGHT_DTYPES and x.layout == torch.strided and not (x.is_meta or x.is_nested)
         if not plain or not 0 < x.nbytes <= x.untyped_storage().nbytes():  # a few bytes may claim terabytes
             found = f"{x.dtype}, {x.layout}"
-            raise UserError(f"{path}: {name} ({found}) is no plain tensor of floats: export it again")
+            raise UserError(f"{path}: {name} ({found}) is no plain tensor of floats: export it again{hint}")
         if not x.float().isfinite().all():
             raise UserError(f"{path}: {name} holds NaN or infinity: take an earlier file, or fetch it again")
 
@@ -272,10 +311,30 @@ def open_backbone(source, load=load_backbone, dtype="fp32"):
     return backbone.to(device, compute_dtype(dtype, device)).requires_grad_(False), cfg
 
 
-def add_dtype_arg(parser):
-    """--dtype, of every script that sends many images through a frozen backbone."""
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                        help="numbers of the network; auto: bf16 where the hardware has it")  # fmt: skip
+def add_image_args(parser):
+    """--dtype, --range and --bands, of every script that sends images through a frozen backbone."""
+    add = parser.add_argument
+    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="numbers of the network; auto: bf16 where the hardware has it")  # fmt: skip
+    add("--range", type=config.argument(config.Real), nargs=2, metavar=("BLACK", "WHITE"),
+        help="of numbers that are not 8-bit (default: the run's, or measured)")  # fmt: skip
+    add("--bands", type=config.argument(config.Count), nargs="+", metavar="BAND",
+        help="one or three channels of the files, counted from 1")  # fmt: skip
+
+
+def add_fit_arg(parser):
+    """--fit, of the scripts whose backbone sees squares."""
+    parser.add_argument("--fit", choices=("crop", "resize", "pad"), help="how an image becomes square: crop "
+                        "the centre, squeeze all of it, or keep its proportions and pad (default: the run's, "
+                        "or crop)")  # fmt: skip
+
+
+def apply_image_args(args, cfg):
+    """--range and --bands, where given, replace the run's -> the Reading of its images. Raises UserError."""
+    given = {f"data.{key}": getattr(args, key) for key in ("range", "bands") if getattr(args, key)}
+    config.assign(cfg, given)
+    config.check(cfg)
+    return Reading.from_config(cfg.data)
 
 
 def untrained_copy(backbone, cfg, seed=0):
@@ -335,7 +394,12 @@ class EvalImages(Dataset):
         self.size = size
         self.resize = resize or size
         self.fit = fit
-        self.protocol = f"{size} pixels out of {self.resize}"  # for header lines
+        shown = {
+            "crop": f"{size} pixels out of {self.resize}",
+            "resize": f"the whole image squeezed to {size} x {size} pixels",
+            "pad": f"the whole image padded to {size} x {size} pixels",
+        }
+        self.protocol = shown[fit]  # for header lines
         self.indices = list(range(len(dataset)) if indices is None else indices)
         n = len(self.indices)
         if 0 < limit < n:  # every n/limit-th: folders are sorted by class, the first ones would be one class

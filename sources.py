@@ -1,10 +1,10 @@
-"""Where images come from: folders, tar shards, manifests, the embedded scenes; and how a file is decoded.
+"""Where images come from: folders, tar shards, manifests, the embedded scenes.
 
 A URI, `train.dataset_path`, names a source, and becomes a data set: `dataset[i] -> (PIL RGB, label or -1)`.
 
     scenes:10000:seed=0:size=64      procedural images (scenes.py)
     folder:/data/images              images at any depth; sub-folders of the root are the classes
-    tar:/data/{000..010}.tar         WebDataset shards, read in place
+    tar:/data/{000..010}.tar         WebDataset shards, read in place; also tar:/data/*.tar and tar:/data
     list:/data/manifest.jsonl        one JSON object per line, as curation writes it
 
 Only an index is kept in memory: names, labels, and where in a shard the bytes lie. A label is the name of a
@@ -12,30 +12,34 @@ class, a text, wherever it comes from: folder cat/, a file key.cls, {"label": "c
 text of its digits, so 3 and "3" are one class.
 """
 
+import glob
 import hashlib
 import io
 import json
 import math
 import os
 import re
-import stat
 import sys
 import tarfile
+from collections import Counter
 from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from config import UserError, parse_json
+from decode import (
+    EXTENSIONS,
+    MAX_FILE_BYTES,
+    BadImage,
+    Reading,
+    decode_image,
+    measure_range,
+    open_picture,
+    open_regular,
+)
 from scenes import Scenes
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-# Pillow reads fifty formats, and most of its security holes were in the rare ones: name those we want.
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-MAX_PIXELS = 64_000_000  # 192 MB as RGB; Pillow merely warns at 144 million
-MAX_FILE_BYTES = 1 << 29  # of an image: the limit of pixels at 8 bytes each
 MAX_TEXT_BYTES = 1 << 20  # of a .cls or .json file, a line of a manifest, the extension of a tar header
 MAX_NAME_BYTES = 4096  # of a path; Linux allows no more
 SEARCH_BYTES = 1 << 28  # how far to look for the next header behind a damaged one
@@ -43,14 +47,7 @@ MAX_SHARDS = 1_000_000  # of one pattern
 MAX_DAMAGE = 100  # damaged places in a shard; the rest of it is not read
 LOOSE_FILE = -1  # offset of an image that is a file of its own
 NO_IMAGE = -2  # offset of a sample whose shard holds no complete image
-
-
-class BadImage(Exception):
-    """One image that cannot be used: BadImage(path, reason). Training replaces it and counts it."""
-
-    def __str__(self):
-        path, reason = self.args
-        return f"{path}: {reason}"
+NOT_READ = -3  # offset of a file of a kind that is not read
 
 
 class Entry(NamedTuple):
@@ -66,13 +63,16 @@ class ImageFiles:
     """Image files, loose or in tar shards: `self[i] -> (PIL RGB, label or -1)`. Raises BadImage.
 
     `classes` are the names of the classes in order, or None; a label is a number of this list. `dropped` are
-    the entries without an image. The name "shard.tar::member" is read in place; nothing is ever unpacked, so
+    the entries without an image, `not_read` counts files of other kinds. `reading` says how numbers become
+    colours (decode.py). The name "shard.tar::member" is read in place; nothing is ever unpacked, so
     ../../etc/passwd is just a name.
     """
 
-    def __init__(self, entries):
-        kept = [entry for entry in entries if entry.offset != NO_IMAGE]
+    def __init__(self, entries, reading=None):
+        self.reading = reading or Reading()
+        kept = [entry for entry in entries if entry.offset not in (NO_IMAGE, NOT_READ)]
         self.dropped = [entry for entry in entries if entry.offset == NO_IMAGE]
+        self.not_read = Counter(extension_of(entry.name) for entry in entries if entry.offset == NOT_READ)
         self.classes = sort_classes({entry.label for entry in kept} - {None}) or None
         number_of = {name: number for number, name in enumerate(self.classes or ())}
         self.labels = np.array([number_of.get(entry.label, -1) for entry in kept])
@@ -112,12 +112,20 @@ class ImageFiles:
         return self.name(index)
 
     def __getitem__(self, index):
+        image = decode_image(self.source(index), self.name(index), reading=self.reading)
+        return image, int(self.labels[index])
+
+    def source(self, index):
+        """Where `decode` finds an image: its path, or its bytes in a shard. Raises BadImage."""
         name = self.name(index)
         try:
-            source = self.read_bytes(index) if self.offsets[index] >= 0 else name
+            return self.read_bytes(index) if self.offsets[index] >= 0 else name
         except OSError as error:
             raise BadImage(name, repr(error)) from error
-        return decode_image(source, name), int(self.labels[index])
+
+    def open_picture(self, index):
+        """An image before its numbers become colours: the context manager decode.open_picture."""
+        return open_picture(self.source(index), self.name(index), self.reading.bands)
 
     def read_bytes(self, index):
         """The bytes of an image file as they are. Raises OSError."""
@@ -137,16 +145,9 @@ def sort_classes(names):
     return sorted(names, key=lambda name: (int(name) if by_value else 0, name))
 
 
-def open_regular(path, limit=MAX_FILE_BYTES):
-    """A file, opened for bytes. OSError unless it is a regular file (no pipe, no device) within the limit."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError("it is no regular file")
-    if not status.st_size and limit < math.inf:  # files of /proc say so, too, and may never end
-        raise OSError("it is empty")
-    if status.st_size > limit:
-        raise OSError(f"it has {status.st_size:,} bytes, the limit is {limit:,}")
-    return open(path, "rb")
+def extension_of(name):
+    """'a/B.HEIC' -> '.heic'; a name without one -> 'no extension'."""
+    return os.path.splitext(name)[1].lower() or "no extension"
 
 
 def sample_name(dataset, index):
@@ -157,9 +158,10 @@ def sample_name(dataset, index):
 # ---------------------------------------------------------------- from a URI to a data set
 
 
-def open_source(uri):
+def open_source(uri, reading=None):
     """The data set of a URI: `dataset[i] -> (PIL RGB, label or -1)`, `len(dataset)`, `.classes` or None.
 
+    reading: a decode.Reading; a range that it lacks is measured, if there are numbers of other than 8 bits.
     Reads the URIs at the top of this file, and the published ImageNet:split=TRAIN:root=/path:extra=...
     Raises UserError when there is nothing to read.
     """
@@ -184,16 +186,24 @@ def open_source(uri):
     if not listing or not rest:
         known = "scenes:10000, folder:/path, tar:/path/{000..010}.tar or list:/path/manifest.jsonl"
         raise UserError(f"dataset_path {uri!r} cannot be read; write {known}")
-    return index_images(listing(os.path.expanduser(rest)), uri)
+    return index_images(listing(os.path.expanduser(rest)), uri, reading)
 
 
-def open_images(paths):
+def open_dataset(uri, section):
+    """The data set of a URI, read as cfg.data has it, which keeps a range that is measured here."""
+    dataset = open_source(uri, Reading.from_config(section))
+    if isinstance(dataset, ImageFiles) and dataset.reading.range:
+        section.range = dataset.reading.range
+    return dataset
+
+
+def open_images(paths, reading=None):
     """The arguments of a command -> one data set: images, folders, .tar shards, .jsonl manifests; or one URI.
 
     Raises UserError for a path that does not exist, or when there is no image at all.
     """
     if len(paths) == 1 and ":" in paths[0] and not os.path.exists(paths[0]):
-        return open_source(paths[0])
+        return open_source(paths[0], reading)
     entries = []
     for path in paths:
         if os.path.isdir(path):
@@ -207,17 +217,19 @@ def open_images(paths):
         else:
             remedy = "give images, folders, .tar files or one data URI"
             raise UserError(f"{path} does not exist or is no regular file: {remedy}")
-    return index_images(entries, ", ".join(map(str, paths)))
+    return index_images(entries, ", ".join(map(str, paths)), reading)
 
 
-def index_images(entries, source):
+def index_images(entries, source, reading=None):
     """[Entry] -> ImageFiles; says how many samples of the source have no image. UserError if none has one."""
-    images = ImageFiles(entries)
+    images = ImageFiles(entries, reading)
     if images.dropped:
-        count = f"{len(images.dropped)} of {len(entries)}"
+        count = f"{len(images.dropped)} of {len(images.dropped) + len(images)}"
         print(f"{source}: {count} samples have no complete image: left out", file=sys.stderr)
     if not len(images):
         raise UserError(f"{source} holds no images; the formats read are {' '.join(EXTENSIONS)}")
+    if not images.reading.range:
+        images.reading = images.reading._replace(range=measure_range(images))
     return images
 
 
@@ -239,7 +251,7 @@ def list_folder(root):
         visited.add(real)
         subfolders[:] = [name for name in subfolders if name[0] != "."]
         paths += [os.path.relpath(f"{folder}/{name}", root) for name in names if name[0] != "."]
-    images = sorted(path for path in paths if path.lower().endswith(EXTENSIONS))
+    images = sorted(path for path in paths if path.lower().endswith(tuple(EXTENSIONS)))
     if not images:
         found = "is empty"
         if paths:
@@ -247,13 +259,18 @@ def list_folder(root):
             found = f"holds only {' '.join(sorted(extensions)[:8])}"
         raise UserError(f"folder {root} {found}; images are read from {' '.join(EXTENSIONS)}")
     labelled = all(os.sep in path for path in images)
-    return [Entry(f"{root}/{path}", path.split(os.sep)[0] if labelled else None) for path in images]
+    entries = [Entry(f"{root}/{path}", path.split(os.sep)[0] if labelled else None) for path in images]
+    others = [path for path in paths if not path.lower().endswith(tuple(EXTENSIONS))]
+    return entries + [Entry(f"{root}/{path}", offset=NOT_READ) for path in others]
 
 
 def expand_braces(pattern):
-    """'part-{000..010}.tar' -> the 11 paths that it stands for; a path without braces -> itself alone."""
+    """'part-{000..010}.tar' -> the 11 paths that it stands for; a path without braces -> itself alone.
+
+    So is a path that exists as it stands, braces and all.
+    """
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not braces:
+    if not braces or os.path.exists(pattern):
         return [pattern]
     first, last = braces.groups()
     if int(last) - int(first) >= MAX_SHARDS:
@@ -264,10 +281,22 @@ def expand_braces(pattern):
     return paths
 
 
+def list_shards(pattern):
+    """A folder, or a path with * or {000..010} -> its tar shards, in order. UserError if there are none."""
+    shards = []
+    for path in expand_braces(pattern):
+        wanted = f"{glob.escape(path)}/*.tar" if os.path.isdir(path) else path
+        found = [path] if os.path.isfile(path) else sorted(glob.glob(wanted))
+        if not found:
+            raise UserError(f"tar:{path} names no shard: give a folder, a pattern or {{000..010}}.tar")
+        shards += found
+    return shards
+
+
 def list_tar(pattern):
     """WebDataset shards -> [Entry]: key.jpg with key.cls or key.json is one sample. Warns of damage."""
     entries = []
-    for path in expand_braces(pattern):
+    for path in list_shards(pattern):
         samples, damage = index_tar(path)
         entries += samples.values()
         if damage:
@@ -474,55 +503,3 @@ def index_listed_tar(path):
     if damage:
         print(f"warning: {path} is damaged: {damage}", file=sys.stderr)
     return samples
-
-
-# ---------------------------------------------------------------- from bytes to pixels
-
-
-def decode_image(source, name, inspect=None):
-    """File path or bytes -> PIL RGB, upright; with `inspect`, its result for the image just opened.
-
-    Raises BadImage(name, reason) for whatever is wrong with the file.
-    """
-    head = b""
-    try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
-            head = file.read(12)
-            with Image.open(file, formats=PILLOW_FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:  # from the header, before any memory is spent
-                    raise ValueError(f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}")
-                if inspect:
-                    return inspect(image)
-                ImageOps.exif_transpose(image, in_place=True)
-                return to_rgb(image)  # loads the pixels: verify() would pass half a JPEG
-    except UnidentifiedImageError as error:
-        raise BadImage(name, f"no known format: {head}") from error
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        raise BadImage(name, repr(error)) from error
-
-
-def to_rgb(image):
-    """Any Pillow mode -> RGB. What is transparent becomes white, as on a web page."""
-    if image.mode[0] in "IF":  # 16-bit grey: Pillow's own convert cuts at 255, which leaves a white picture
-        image = to_8_bits(np.asarray(image).astype(np.float64), image.mode)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def to_8_bits(grey, mode):
-    """Grey values of mode I, I;16 or F -> PIL L. The range is guessed: 16 bits, 8 bits, or 0 to 1."""
-    if not np.isfinite(grey).all():
-        raise ValueError("some of its pixels are NaN or infinite")
-    largest = grey.max()
-    if largest > 255 or "16" in mode:
-        grey *= 1 / 257
-    elif largest <= 1:
-        grey *= 255
-    return Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-
-
-def to_tensor(image):
-    """PIL RGB -> uint8 (3, H, W), stored pixel by pixel (channels last)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

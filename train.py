@@ -14,7 +14,7 @@ results; `python -m tools.report runs/<name>` turns it into a page with curves a
 
 import argparse
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,8 @@ from optim import (
     update_teacher,
 )
 from runfolder import RunFolder, StepProfile, TrainLogger, profile_section, results_table
-from sources import open_source
+from sources import open_dataset
+from survey import report_data
 
 # ==========================================================================================================
 # THE METHOD. Put your hands here.
@@ -263,6 +264,10 @@ def parse_args(argv):
     args.output_dir = args.output_dir or cfg.train.output_dir
     if not args.output_dir:
         args.output_dir = free_folder(Path("runs") / (preset or Path(args.config).stem), args.resume)
+    saved = Path(args.output_dir) / "config.yaml"
+    if args.resume and cfg.data.range == "auto":
+        with suppress(UserError):  # RunFolder will say what is wrong with it
+            cfg.data.range = config.load(saved).data.range
     return args, cfg
 
 
@@ -280,7 +285,7 @@ def print_start(state, cfg, run, dataset, device, kernels, reason):
     print(f"{run.path}: {describe_backbone(state.student.backbone)}; {size:,} parameters with heads")
     if state.origin and not state.step:
         print(f"start: {state.origin}")
-    print(f"{len(dataset):,} images of {cfg.train.dataset_path}")
+    report_data(dataset, cfg.train.dataset_path, run.path)
     where = f"{dist.world_size()} x {device} in {str(state.dtype).removeprefix('torch.')}"
     print(f"{total_steps(cfg)} steps on {where}, kernels of {kernels}: {reason}", flush=True)
     if device.type == "cpu" and state.dtype == torch.float32 and cfg.compute_precision.dtype == "auto":
@@ -296,11 +301,11 @@ def main(argv=None):
     world = dist.world_size()
     if cfg.speed.kernels != "auto":
         attention.CHOICE = cfg.speed.kernels
-    if cfg.speed.threads:
-        torch.set_num_threads(cfg.speed.threads)
+    all_threads = torch.get_num_threads()
+    torch.set_num_threads(cfg.speed.threads or all_threads)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(cfg.train.seed)  # the same start on every rank
-    dataset = open_source(cfg.train.dataset_path)
+    dataset = open_dataset(cfg.train.dataset_path, cfg.data)
     state = TrainState(cfg, device)
     evaluator = KNNEvaluator(cfg)
     attn = state.student.backbone.blocks[0].attn
@@ -375,6 +380,7 @@ def main(argv=None):
         if rank == 0:
             checkpoint.save_teacher(*teacher)
     writer.wait()
+    torch.set_num_threads(all_threads)  # no loader is at work any more
     run.allow_ctrl_c()  # the evaluation may take long
     if signalled:
         if rank == 0:

@@ -30,10 +30,11 @@ from tqdm import tqdm
 import config
 from config import Count, OptionalPixels, UserError, Workers, argument, parse_json
 from data import normalize
-from features import EvalImages, iterate_batches
+from features import EvalImages, add_fit_arg, apply_image_args, iterate_batches
 from model import describe_backbone
 from runfolder import atomic_open, atomic_write_text
 from sources import open_images, sample_name
+from survey import print_warnings
 from tools.weights import add_weights_args, open_backbone
 
 SAVE_EVERY = 10  # seconds of work that a killed job may have to repeat
@@ -176,8 +177,7 @@ def parse_args():
     add("--out", type=argument(Path), default="features.npz")
     add("--size", type=argument(OptionalPixels), default=0,
         help="side of the square input (default: the run's, or 224)")  # fmt: skip
-    add("--fit", choices=("crop", "resize", "pad"), default="crop", help="how an image becomes square: crop "
-        "the centre, squeeze all of it, or keep its proportions and pad")  # fmt: skip
+    add_fit_arg(parser)
     add("--parts", default=",".join(PARTS), help="which tokens: some of cls,registers,patches")
     add("--save-dtype", choices=("float32", "float16"), default="float32", help="numbers in the file")
     add("--batch-size", type=argument(Count), default=64)
@@ -199,13 +199,10 @@ def main():
         resize = cfg.evaluation.resize_size
     if size % backbone.patch_size:
         raise UserError(f"--size {size} is not a multiple of the patch size, {backbone.patch_size} pixels")
-    images = EvalImages(open_images(args.images), size, resize, fit=args.fit)
-    shown = {
-        "crop": f"shrunk to {resize}, centre of {size} x {size}",
-        "resize": f"squeezed to {size} x {size}",
-        "pad": f"long side to {size}, padded to {size} x {size}",
-    }
-    print(f"{args.weights}: {describe_backbone(backbone)}; {len(images)} images, each {shown[args.fit]}")
+    dataset = open_images(args.images, apply_image_args(args, cfg))
+    images = EvalImages(dataset, size, resize, fit=args.fit or cfg.evaluation.fit)
+    print_warnings(dataset, ", ".join(args.images), images.fit)
+    print(f"{args.weights}: {describe_backbone(backbone)}; {len(images)} images, {images.protocol}")
     try:
         options = parts, args.save_dtype, args.batch_size, args.workers
         done = extract_to_npz(args.out, backbone, images, *options)

@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import time
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from tqdm import tqdm
 import config
 from config import Count, UserError, argument, parse_json
 from data import crop_and_resize, normalize, sample_crop_params, stable_hash
+from decode import Reading, to_tensor
 from eval_knn import (
     add_eval_args,
     apply_eval_args,
@@ -43,11 +45,12 @@ from evals.extract import job_fingerprint
 from features import EvalImages, iterate_batches, load_image, read_tensors, untrained_copy
 from model import SIZES, describe_backbone
 from runfolder import atomic_open, atomic_write_text
-from sources import open_images, sample_name, to_tensor
+from sources import open_images, sample_name
 from tools.weights import add_weights_args, loaded_weights, open_backbone
 
 LEARNING_RATES = (  # for a batch of 256
     1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # fmt: skip
+KEPT_SETTINGS = ("evaluation.fit", "data.range", "data.bands")  # beside a head, which depends on them
 SAVE_EVERY = 20  # seconds of training that a killed job may have to repeat
 
 
@@ -404,6 +407,7 @@ def compare_with_untrained(args, backbone, cfg, out):
     about = dict(weights=args.weights, backbone=backbone_fingerprint(backbone),
                  pixels=[bank.size, bank.resize], classes=bank.dataset.classes,
                  train=cfg.evaluation.train_path)  # fmt: skip
+    about |= {key: attrgetter(key)(cfg) for key in KEPT_SETTINGS}
     write_linear_head(out / "head.pth", head, about | result)
     rows = {"this backbone": result}
     if not args.no_baseline and not args.weights.startswith("random:"):
@@ -440,20 +444,21 @@ def parse_args():
 
 def main():
     args = parse_args()
-    photos = open_images(args.predict) if args.predict else None
     backbone, cfg = open_backbone(args.weights, args.download, args.dtype)
     run = Path(args.weights)
     out = args.out or (run / "linear" if run.is_dir() else Path("linear"))
     evaluation = cfg.evaluation
-    if photos or args.head:
+    if args.predict or args.head:
         *head, about = read_linear_head(args.head or out / "head.pth", backbone)
         class_names = about.get("classes")
         if "pixels" in about:  # the size that it was trained at
             evaluation.image_size, evaluation.resize_size = about["pixels"]
+        config.assign(cfg, {key: about[key] for key in KEPT_SETTINGS if key in about})
     apply_eval_args(args, cfg)
-    if photos:
+    if args.predict:
         size = config.evaluation_size(cfg)
-        images = EvalImages(photos, size, evaluation.resize_size)
+        photos = open_images(args.predict, Reading.from_config(cfg.data))
+        images = EvalImages(photos, size, evaluation.resize_size, fit=evaluation.fit)
         print_top_classes(backbone, images, *head, class_names)
     elif args.head:
         path = cfg.evaluation.test_path

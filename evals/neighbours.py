@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import config
 from config import Count, UserError, argument
+from decode import BadImage, Reading
 from eval_knn import (
     add_eval_args,
     apply_eval_args,
@@ -24,7 +25,7 @@ from eval_knn import (
 )
 from evals.plot import FONT_SIZE, Plot
 from evals.tiles import TILE_GAP, contact_sheet, text_size, to_pil
-from sources import BadImage, open_images
+from sources import open_images
 from tools.weights import add_weights_args, open_backbone
 
 SHOWN_NEIGHBOURS = 8
@@ -186,11 +187,11 @@ def main():
     add("--out", type=argument(Path), default="predictions", help="folder for the two pictures")
     add("--k", type=argument(Count), default=20, help="how many neighbours vote")
     args = parser.parse_args()
-    photos = open_images(args.images)
     backbone, cfg = open_backbone(args.weights, args.download, args.dtype)
     apply_eval_args(args, cfg)
     bank, queries = open_eval_sets(cfg, args.limit)
     print_header(args.weights, backbone, bank, queries)
+    photos = open_images(args.images, Reading.from_config(cfg.data))
     found = print_predictions(backbone, bank, queries, photos, args.k)
     images, predicted, share, neighbours, (error, bins) = found
     out = args.out

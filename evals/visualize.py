@@ -24,6 +24,7 @@ from PIL import Image
 import checkpoint
 import config
 from config import Count, OptionalPixels, UserError, argument
+from decode import BadImage
 from evals.patch_maps import (
     first_component_iou,
     foreground_map,
@@ -35,10 +36,10 @@ from evals.patch_maps import (
 )
 from evals.plot import Plot
 from evals.tiles import COLORMAP, TILE_SIDE, attention_tile, contact_sheet, heatmap_tile, image_tile
-from features import EvalImages, load_image, resize_to_patches, untrained_copy
+from features import EvalImages, apply_image_args, load_image, resize_to_patches, untrained_copy
 from model import DINOv2, VisionTransformer
 from runfolder import atomic_open
-from sources import BadImage, open_images, open_source, sample_name
+from sources import open_images, open_source, sample_name
 from tools.weights import add_weights_args, open_backbone
 
 DEFAULT_COUNT = dict(pca=8, attention=2, norms=4, sheet=1, training=8, registers=3)  # images in each picture
@@ -408,13 +409,16 @@ def draw_picture(args, views, names, cfg):
 
 def main():
     args = parse_args()
-    dataset = open_images(args.photos) if args.photos else None
     names = [name for name in (args.weights, args.against) if name]
     loaded = [(name, *open_backbone(name, args.download, args.dtype)) for name in names]
     _, _, cfg = loaded[0]
-    if not dataset and not cfg.evaluation.test_path:
+    reading = apply_image_args(args, cfg)
+    if not args.photos and not cfg.evaluation.test_path:
         raise UserError(f"{args.weights} has no evaluation images: name photos to draw")
-    dataset = dataset or open_source(cfg.evaluation.test_path)
+    if args.photos:
+        dataset = open_images(args.photos, reading)
+    else:
+        dataset = open_source(cfg.evaluation.test_path, reading)
     names, photos = load_photos(dataset, args.count)
     views = []
     for name, backbone, own_cfg in loaded:

@@ -27,21 +27,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageEnhance, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import config
 from config import Count, Whole, argument
 from curation.balance import normalized_entropy
 from curation.dedup import hamming_pairs, near_duplicate_groups
-from curation.ingest import EXIF_ORIENTATION, dhash, measure, phash  # noqa: E402
+from curation.ingest import dhash, measure, phash  # noqa: E402
 from curation.page import read_manifest  # noqa: E402
 from curation.settings import load
 from curation.vectors import kmeans, nearest, unit_rows
 from data import stable_hash
+from decode import decode_image
 from runfolder import environment
 from scenes import CLASSES, render
-from sources import decode_image, open_source
+from sources import open_source
 
 ROOT = Path(__file__).parent.parent
 SHARES = np.array([30, 20, 10, 10, 8, 6, 4, 4, 4, 4]) / 100  # of the ten kinds in the pile: uneven on purpose
@@ -70,7 +71,7 @@ def scaled(image, factor):
 
 def lying(image):
     exif = Image.Exif()
-    exif[EXIF_ORIENTATION] = (
+    exif[ExifTags.Base.Orientation] = (
         6  # to be turned by 90 degrees to the right: so the pixels are turned to the left
     )
     return jpeg(image.transpose(Image.ROTATE_90), exif=exif)

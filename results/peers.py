@@ -35,9 +35,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import config  # noqa: E402
 from data import MultiCropDataset, photometric, sample_masks  # noqa: E402
+from decode import decode_image  # noqa: E402
 from results.cpu_speed import VITS16, vits16_step  # noqa: E402
 from runfolder import environment  # noqa: E402
-from sources import Entry, ImageFiles, decode_image  # noqa: E402
+from sources import Entry, ImageFiles  # noqa: E402
 from tools.bench_input import photo  # noqa: E402
 from tools.isolation import run_isolated  # noqa: E402
 

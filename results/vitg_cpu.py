@@ -59,7 +59,7 @@ def backward(cfg, blocks):
     cfg.train.dataset_path = "scenes:10:size=224"
     cfg.compute_precision.dtype = "fp32"
     state = train.TrainState(cfg)
-    batch = next(train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu"))
+    batch = next(train.make_loader(cfg, train.open_dataset(cfg.train.dataset_path, cfg.data), "cpu"))
     metrics = train.train_step(state, [batch], compute_schedules(cfg, 0), cfg)
     size = count_parameters(state.student)
     loss = metrics["loss"].item()

@@ -25,7 +25,7 @@ from data import (
     photometric,
     sample_crop_params,
 )
-from sources import to_tensor
+from decode import to_tensor
 from tools.bench_input import PILLOW_AFTER, PILLOW_JITTER, photo, pillow_crop
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -196,7 +196,6 @@ WRONG = [  # setting, words of the sentence
     ("student.arch=vit_lrage", "one of vit_laptop, vit_small"),
     ("train.centering=[a]", "one of centering, sinkhorn_knopp"),
     ("dino.freeze_weight_g=yess", "true or false"),
-    ("train.dataset_path=3", "text"),
     ("crops.jitter=[0.1]", "4 numbers"),
     ("crops.jitter=3", "4 numbers"),
     ("crops.blur=no", "one of as_executed, as_written"),
@@ -229,7 +228,8 @@ WRONG = [  # setting, words of the sentence
     ("student.pos_embed_size=8e14", "a number of pixels up to 65535, or 0"),
     ("evaluation.image_size=8e9", "a number of pixels up to 65535, or 0"),
     ("evaluation.resize_size=8e9", "a number of pixels up to 65535, or 0"),
-    ('train.output_dir="a\\0b"', "text without NUL"),
+    ("ibot.mask_ratio_min_max=[0, 0.001]", "never masks one of the 196 patches: raise it"),
+    ("train.output_dir=a\0b", "text without NUL"),
     ("optim.base_lr=" + "[" * 100_000, "optim.base_lr is not valid plain YAML: it is nested too deeply"),
     ("optim.base_lr=[", "not valid plain YAML"),
     ("optim.base_lr=!!python/object/apply:os.system ['touch /tmp/owned']", "not valid plain YAML"),
@@ -297,6 +297,15 @@ def test_missing_files_and_models(tmp_path):
     assert resolved(config.load(written(tmp_path, ""))) == resolved(config.Config())
 
 
+@pytest.mark.parametrize("text", ["/data/scan #2", "a: b", "100%", "x{0..3}", "[odd]", "null", "~", "it's"])
+def test_a_text_is_taken_as_it_stands(text):
+    assert config.load(overrides=[f"train.dataset_path=folder:{text}"]).train.dataset_path == f"folder:{text}"
+    assert config.load(overrides=[f"train.output_dir={text}"]).train.output_dir == text
+    again = config.load(overrides=[f'train.output_dir="{text}"'])  # quotes around the whole are YAML's
+    assert again.train.output_dir == text
+    assert resolved(again) == resolved(config.load(overrides=[f"train.output_dir={text}"]))
+
+
 class Pizza:
     """A class of sections of its own."""
 
@@ -310,7 +319,9 @@ class Pizza:
 
 def test_any_class_of_sections_is_read_by_the_same_rules():
     pizza = Pizza()
-    config.assign(pizza, config.read_values(None, "dough.grams=3e2", "dough.water=70%", "dough.grams=200"))
+    kinds = config.kinds_of(pizza)
+    values = config.read_values(kinds, None, "dough.grams=3e2", "dough.water=70%", "dough.grams=200")
+    config.assign(pizza, values)
     assert (pizza.dough.grams, pizza.dough.water) == (200, "70%")
     config.assign(pizza, {"dough.water": 150})
     assert pizza.dough.water == 150

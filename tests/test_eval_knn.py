@@ -1,6 +1,7 @@
 """Weighted k-NN against the authors' (tests/golden), and the command."""
 
 import io
+import re
 import shutil
 import sys
 import tarfile
@@ -245,3 +246,44 @@ def test_numbers_out_of_range_are_one_sentence(monkeypatch, capsys, argument):
     with pytest.raises(SystemExit):
         eval_knn.main()
     assert "must be a" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- rare classes, and what is unlike the bank
+
+
+def test_a_rare_class_is_not_hidden(capsys):
+    """190 of the common class found, none of the rare one: accuracy 0.95, balanced accuracy 0.5."""
+    bank = torch.eye(3)[[0] * 30 + [1] * 20]
+    bank_labels = torch.tensor([0] * 30 + [1] * 20)
+    queries = torch.eye(3)[[0] * 200]
+    labels = torch.tensor([0] * 190 + [1] * 10)
+    eval_knn.print_recall((bank, bank_labels), (queries, labels), ["normal", "tumour", "cyst"])
+    said = capsys.readouterr().out
+    assert "no query is of class cyst\n" in said
+    assert "balanced accuracy 0.500" in said
+    assert re.search(r"tumour +0.000 of 10\n  normal +1.000 of 190", said)
+    even = (queries[:20], torch.tensor([0] * 10 + [1] * 10))
+    eval_knn.print_recall((bank, bank_labels), even, ["normal", "tumour"])
+    assert "balanced" not in capsys.readouterr().out
+
+
+def test_how_far_from_everything():
+    """Against a loop; an image of the bank is near, one across from all of them is farther than all."""
+    torch.manual_seed(0)
+    bank = torch.nn.functional.normalize(torch.randn(40, 5) + 3, dim=-1)
+    queries = torch.cat([torch.randn(6, 5) + 3, bank[:1], -bank[:1]])
+    ranks = eval_knn.distance_rank(bank, queries, chunk=16)
+    similarity = bank @ bank.T - 3 * torch.eye(40)
+    for query, rank in zip(torch.nn.functional.normalize(queries, dim=-1), ranks.tolist()):
+        own = (bank @ query).max()
+        assert rank == pytest.approx((similarity.amax(1) >= own - 1e-6).float().mean().item(), abs=0.03)
+    assert ranks[-2] < 0.05
+    assert ranks[-1] == 1
+
+
+def test_right_in_so_many_cases_is_per_class():
+    share = torch.tensor([0.95] * 100)
+    right = torch.tensor([True] * 98 + [False] * 2)
+    assert eval_knn.hit_rate(share, right, 0.97) == (pytest.approx(0.98), 100)
+    assert eval_knn.hit_rate(share[98:], right[98:], 0.97) == (0, 2)
+    assert eval_knn.hit_rate(share[:0], right[:0], 0.97)[1] == 0

@@ -34,6 +34,7 @@ from PIL import Image
 
 import checkpoint
 import data
+import decode
 import distributed
 import sources
 import train
@@ -264,7 +265,7 @@ def test_a_zeroed_stretch_decodes_and_only_a_checksum_shows_it(tmp_path):
     good = file.getvalue()
     middle = len(good) // 2
     bad = good[:middle] + bytes(200) + good[middle + 200 :]
-    assert sources.decode_image(bad, "bad").size == (96, 96)
+    assert decode.decode_image(bad, "bad").size == (96, 96)
     assert hashlib.sha256(bad).digest() != hashlib.sha256(good).digest()
 
 
@@ -281,8 +282,8 @@ def test_a_decompression_bomb_costs_no_memory():
     bomb = fake_png(12000, 12000, (b"IDAT", zlib.compress(bytes(12000 * 3 + 1) * 2000, 9)))
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     before = peak_memory()
-    with pytest.raises(sources.BadImage, match="12000 x 12000"):
-        sources.decode_image(bomb, "bomb")
+    with pytest.raises(decode.BadImage, match="12000 x 12000"):
+        decode.decode_image(bomb, "bomb")
     assert peak_memory() - before < 100
     Path("/proc/self/clear_refs").write_text("5")
     pixels = np.ones(432_000_000, np.uint8)  # the control: such a peak would be seen

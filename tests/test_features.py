@@ -10,6 +10,7 @@ import config
 import features
 from config import UserError
 from data import normalize
+from decode import BadImage, to_tensor
 from eval_knn import foreground_miou, knn_pixels, open_eval_sets, ridge_regression
 from features import (
     EvalImages,
@@ -22,7 +23,7 @@ from features import (
 )
 from model import Tokens, describe_backbone
 from scenes import Scenes
-from sources import BadImage, open_images, open_source, to_tensor
+from sources import open_images, open_source
 
 # ---------------------------------------------------------------- images
 

@@ -106,9 +106,9 @@ def test_indices_and_weights():
     assert batch["mask_weights"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("patch", [8, 16, 32])
+@pytest.mark.parametrize("patch", [8, 16])
 def test_tiny_grids(patch):
-    """4 x 4, 2 x 2 and even 1 x 1 patches: blocks may not fit, the completed count is right all the same."""
+    """4 x 4 and 2 x 2 patches: blocks may not fit, the completed count is right all the same."""
     sizes = ["crops.global_crops_size=32", "crops.local_crops_size=32"]
     cfg = mask_config(f"student.patch_size={patch}", *sizes)
     patches = (32 // patch) ** 2

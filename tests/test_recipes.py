@@ -138,7 +138,7 @@ def test_distillation(pretrained, smaller, tmp_path):
 def test_a_step_of_distillation_hides_nothing_and_spares_the_teacher(pretrained, smaller):
     cfg = tiny_recipe("vits14_distill", *smaller, f"train.distill_from={pretrained}")
     state = train.TrainState(cfg)
-    batch = next(train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu"))
+    batch = next(train.make_loader(cfg, train.open_dataset(cfg.train.dataset_path, cfg.data), "cpu"))
     assert len(batch["mask_indices"]) == 2 * 4 * 16, "the iBOT loss is over all patches"
     masks = []
     backbone = state.student.backbone

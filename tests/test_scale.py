@@ -135,7 +135,7 @@ MUTE_COLLECTIVES = """
 import sys, torch, config, distributed as dist, losses, train
 
 def batches_of_this_rank(cfg):
-    source = train.open_source(cfg.train.dataset_path)
+    source = train.open_dataset(cfg.train.dataset_path, cfg.data)
     return train.make_loader(cfg, source, "cpu", 0, dist.rank(), 2)
 
 def numbers_of_three_steps(cfg):
@@ -242,7 +242,8 @@ def main():
     dist.setup("cpu")
     args, cfg = train.parse_args(argv)
     state = train.TrainState(cfg)
-    loader = train.make_loader(cfg, train.open_source(cfg.train.dataset_path), "cpu", 0, dist.rank(), 2)
+    source = train.open_dataset(cfg.train.dataset_path, cfg.data)
+    loader = train.make_loader(cfg, source, "cpu", 0, dist.rank(), 2)
     train.train_step(state, [next(loader)], compute_schedules(cfg, 0, 2), cfg)
     held = {
         "student": list(state.student.parameters()),

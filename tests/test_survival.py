@@ -383,7 +383,7 @@ def test_two_ranks_save_by_one_clock(forkserver, tmp_path):
 
 
 BAD_IMAGES_ON_RANK_1 = """
-from sources import BadImage
+from decode import BadImage
 from scenes import Scenes
 real = Scenes.__getitem__
 

@@ -255,7 +255,9 @@ def test_a_step_on_a_pretended_gpu(mode, choice, compiled, monkeypatch):
 def test_nothing_waits_for_the_gpu():
     cfg = debug_config("student.drop_path_rate=0.2")
     state = train.TrainState(cfg, "cuda")
-    loader = train.make_loader(cfg, train.open_source(cfg.train.dataset_path), torch.device("cuda"))
+    loader = train.make_loader(
+        cfg, train.open_dataset(cfg.train.dataset_path, cfg.data), torch.device("cuda")
+    )
     for step in range(4):
         torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
         train.train_step(state, [next(loader)], compute_schedules(cfg, step), cfg)

@@ -27,7 +27,8 @@ from data import (
     photometric,
     sample_crop_params,
 )
-from sources import Entry, ImageFiles, decode_image
+from decode import decode_image
+from sources import Entry, ImageFiles
 
 BATCH = 8  # images
 GLOBAL_SIZE, LOCAL_SIZE = 224, 98  # pixels

@@ -486,7 +486,7 @@ def run_step(write_row):
     cfg = config.load(model=preset, overrides=[f"train.batch_size_per_gpu={batch}", *settings])
     device = dist.setup(cfg.speed.device)
     state = train.TrainState(cfg, device)
-    loader = train.make_loader(cfg, train.open_source(cfg.train.dataset_path), device)
+    loader = train.make_loader(cfg, train.open_dataset(cfg.train.dataset_path, cfg.data), device)
     with torch.profiler.profile() as profile:
         train.train_step(state, [next(loader)], compute_schedules(cfg, 0, 1), cfg)
     calls = {event.key: event.count for event in profile.key_averages()}

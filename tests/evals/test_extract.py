@@ -159,7 +159,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*argv, "--size", "48", "--fit", "pad"])
     extract.main()
     printed = capsys.readouterr().out
-    assert "5 images, each long side to 48, padded to 48 x 48" in printed and "left out:" in printed
+    assert "5 images, the whole image padded to 48 x 48 pixels" in printed and "left out:" in printed
     assert np.load(out)["patches"].shape == (4, 36, 32)
     for extra, message in (
         (["--size", "50"], "50 is not a multiple of the patch size, 8"),

@@ -182,7 +182,7 @@ def test_a_whole_step_is_the_same(centering, local_crops, monkeypatch, one_threa
         monkeypatch.setattr(attention, "CHOICE", choice)
         torch.manual_seed(0)
         t = train.TrainState(cfg, DEVICE)
-        batch = next(train.make_loader(cfg, train.open_source(cfg.train.dataset_path), DEVICE))
+        batch = next(train.make_loader(cfg, train.open_dataset(cfg.train.dataset_path, cfg.data), DEVICE))
         found.append(train.train_step(t, [batch], compute_schedules(cfg, 100, 1), cfg))
     plain, ours = found
     assert plain["loss_ibot"] > 0 and plain["loss_dino_global"] > 0

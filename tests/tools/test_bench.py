@@ -155,7 +155,7 @@ def test_without_all_six():
 @pytest.mark.parametrize("settings", [[], ["ibot.mask_sample_probability=0"], ["crops.local_crops_number=0"]])
 def test_noise_keeps_the_contract_of_the_loader(settings):
     cfg = config.load(model="debug", overrides=[*SMALL, *settings])
-    real_batches = train.make_loader(cfg, train.open_source("scenes:20"), "cpu")
+    real_batches = train.make_loader(cfg, train.open_dataset("scenes:20", cfg.data), "cpu")
     for real, noise, _ in zip(real_batches, bench.noise_batches(cfg, torch.device("cpu")), range(2)):
         assert real.keys() == noise.keys()
         for key in real:

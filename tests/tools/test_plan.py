@@ -19,7 +19,7 @@ SMALL = ["train.dataset_path=scenes:40", "train.batch_size_per_gpu=4", "dino.hea
 def real_step(*settings):
     """A configuration, its Workload with the real number of masked patches, a TrainState and a batch."""
     cfg = config.load(model="debug", overrides=[*SMALL, *settings])
-    dataset = train.open_source(cfg.train.dataset_path)
+    dataset = train.open_dataset(cfg.train.dataset_path, cfg.data)
     batch = next(train.make_loader(cfg, dataset, "cpu"))
     workload = plan.Workload(cfg)
     masked = len(batch["mask_indices"])
