@@ -1,8 +1,9 @@
-"""Weights in foreign layouts: files of timm and Hugging Face, and the authors' training checkpoints.
+"""Weights in foreign layouts: files of timm and Hugging Face, and training checkpoints of other programs.
 
 features.py reads run folders and Meta's released files. What is read here besides ends up under the same
-names, DINOv2's own, in the same strict load_backbone. No code from a file is ever run, and nothing is fetched
-unless `download` is called.
+names, DINOv2's own, in the same strict load_backbone. Checkpoints may be those of DINO, iBOT, DINOv2 or
+Lightning: of student and teacher, the teacher is taken. No code from a file is ever run, and nothing is
+fetched unless `download` is called.
 
 One table of names serves reading and writing (export.py). safetensors files need no package: 8 bytes hold the
 length of the header; the header is JSON with the type, shape and place of every tensor; then come the bytes.
@@ -31,6 +32,25 @@ RELEASED_NAMES = (  # of the released models at Meta, timm and Hugging Face
 DTYPES = dict(zip(("F64", "F32", "F16", "BF16"), features.WEIGHT_DTYPES))
 MAX_HEADER = 100_000_000  # bytes of a safetensors header
 
+# Where a checkpoint keeps its network; the first of them counts.
+NETWORK_KEYS = ("teacher", "model", "state_dict", "model_state_dict", "student")
+WRAPPERS = r"(^|\.)(?:(?:module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.)+"
+FIRST_LAYER = r"(|.*\.)(?:patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight"
+OTHER_NETWORKS = {  # what a file holds: how one of its names, or the rest of it after a dot, begins
+    features.RANK_SHARD: r"_?flat_param",
+    "a DINOv3 model: another architecture (rotary positions), not read here; take a DINOv2 file":
+        r"storage_tokens|rope_embed\.|attn\.qkv\.bias_mask|layer\.\d+\.attention\.o_proj\.",
+    "a BEiT, EVA or DINOv3 model of timm: other architectures, not read here; take a DINOv2 file":
+        r"blocks\.\d+\.gamma_1$|relative_position_bias_table$",
+    "a ViT in the names of Hugging Face's ViTModel: not DINOv2's; take a DINOv2 file, or DINOv1's original":
+        r"layernorm_before\.",
+    "the image encoder of CLIP or SigLIP, another architecture, not read here; take a DINOv2 file":
+        r"visual\.|vision_model\.|norm_pre\.|attn_pool\.",
+    "a masked autoencoder with its decoder, not DINOv2; take a DINOv2 file": r"decoder_(?:embed|blocks)\.",
+    "a convolutional network or a Swin transformer, not read here; take a DINOv2 file":
+        r"layer1\.0\.|stages\.0\.|layers\.0\.blocks\.|downsample_layers\.",
+}  # fmt: skip
+
 LAYOUT_COLUMNS = {"hf": 0, "timm": 1}
 QKV = "encoder.layer.#.attention.attention."
 PARAMETER_NAMES = {  # ours (and Meta's), without .weight and .bias: (transformers', timm's)
@@ -57,13 +77,14 @@ PARAMETER_NAMES = {  # ours (and Meta's), without .weight and .bias: (transforme
 
 
 def add_weights_args(parser):
-    """--weights, --download and --dtype, which every script for frozen features takes."""
+    """--weights, --download and those of add_image_args, which every script for frozen features takes."""
     parser.add_argument("--weights", default="runs/laptop", help="a run folder, a file of weights "
-                        "(teacher.pth, Meta's, timm's, Hugging Face's) or a released name such as "
+                        "(teacher.pth, Meta's, timm's, Hugging Face's, a training checkpoint of DINO, iBOT, "
+                        "DINOv2 or Lightning) or a released name such as "
                         "dinov2_vits14_reg4; with random: before it, the same network untrained")  # fmt: skip
     parser.add_argument("--download", action="store_true",
                         help="fetch Meta's file of that name if it is not in the cache")  # fmt: skip
-    features.add_dtype_arg(parser)
+    features.add_image_args(parser)
 
 
 def open_backbone(source, fetch=False, dtype="fp32"):
@@ -88,25 +109,86 @@ def load_backbone(source):
 
 
 def read_weights(source):
-    """As features.read_weights, for any known layout: backbone and head tensors, architecture (or {})."""
+    """As features.read_weights, for any known layout: backbone and head tensors, architecture (or {}).
+
+    A backbone of DINOv1, iBOT or timm has no mask token: it gets zeros (1, D), which only masking would use.
+    Raises UserError that names what a file holds instead of a DINOv2 backbone.
+    """
     path = Path(source)
     if os.path.isdir(path) and not os.path.isfile(path / "teacher.pth"):
         path = path / "model.safetensors"
     if path.suffix == ".safetensors" and os.path.isfile(path):
         tensors, arch = read_safetensors(path)
-        features.check_tensors(tensors, path)
     else:
         path = features.find_weights(source, ", or a .safetensors file, alone or in a folder")
-        tensors, arch = features.read_tensors(path)
-    if not has_dinov2_names(tensors) or "dinov2" in path.name:
-        tensors = to_dinov2_names(tensors, path)
-    return *features.split_heads(tensors), arch
+        tensors, arch = read_checkpoint(path)
+    tensors = unwrap_names(tensors, path)
+    backbone, heads = select_network(tensors, path)
+    refuse_other_networks(backbone | heads, path)
+    features.check_tensors(backbone, path)
+    arch = stated_arch(arch, path, backbone)
+    return to_dinov2_names(backbone, path), heads, arch
 
 
-def has_dinov2_names(tensors):
-    """Whether these are the tensors of a run or a released file. (timm's lack the mask token.)"""
-    names = {name.removeprefix("backbone.") for name in tensors}
-    return {"mask_token", "blocks.0.norm1.weight"} <= names
+def read_checkpoint(path):
+    """A file that torch.save wrote -> the tensors of its network (or two), architecture (or {})."""
+    content = features.load_plain_data(path)
+    key = next((key for key in NETWORK_KEYS if isinstance(content.get(key), dict)), None)
+    if key is None and content.keys() & {"optimizer", "optimizer_states", "param_groups"}:
+        raise UserError(f"{path} holds the state of an optimizer and no network: take the file of the "
+                        f"network, which lies beside it in most programs")  # fmt: skip
+    tensors = content if key is None else content[key]
+    arch = {}
+    if key in ("teacher", "model", None):  # elsewhere, "arch" is the name of a model
+        arch = content.get("arch") or {}
+    features.check_named(tensors, arch, path)
+    return tensors, arch
+
+
+# ---------------------------------------------------------------- one network of a checkpoint
+
+
+def unwrap_names(tensors, path):
+    """Names without the words of data parallelism, FSDP, checkpointing and torch.compile."""
+    unwrapped = {re.sub(WRAPPERS, r"\1", name): x for name, x in tensors.items()}
+    if len(unwrapped) < len(tensors):
+        raise UserError(f"{path} holds a network both with and without a wrapper: save one of them alone")
+    return unwrapped
+
+
+def refuse_other_networks(tensors, path):
+    """Raise UserError that says what the file holds, if the names of its tensors tell."""
+    for network, pattern in OTHER_NETWORKS.items():
+        if any(re.search(rf"(^|\.)(?:{pattern})", name) for name in tensors):
+            raise UserError(f"{path} holds {network}")
+    if "head.weight" in tensors and not any(".ls1." in name for name in tensors):
+        raise UserError(f"{path} holds a ViT trained as a classifier (head.weight), not DINOv2: take a "
+                        f"DINOv2 file")  # fmt: skip
+
+
+def select_network(tensors, path):
+    """-> the teacher's backbone and heads; those of the only network if there is no other."""
+    prefix = backbone_prefix(tensors, path)
+    network = prefix.removesuffix("backbone.")
+    selected = {}
+    for name, x in tensors.items():
+        if name.startswith(prefix) or (name.startswith(network) and "head." in name):
+            selected[name.removeprefix(network)] = x
+    return features.split_heads(selected)
+
+
+def backbone_prefix(names, path):
+    """What precedes the names of the teacher's backbone: "", "backbone.", "teacher_backbone.", "dinov2."."""
+    matches = [re.fullmatch(FIRST_LAYER, name) for name in names]
+    prefixes = [match[1] for match in matches if match] or [""]
+    teachers = [prefix for prefix in prefixes if "teacher" in prefix]
+    if len(prefixes) == 1:
+        return prefixes[0]
+    if len(teachers) == 1:
+        return teachers[0]
+    listed = ", ".join(prefix or "no prefix" for prefix in prefixes[:4])
+    raise UserError(f"{path} holds {len(prefixes)} backbones ({listed}) and does not say which is the "
+                    f"teacher: save one of them alone")  # fmt: skip
 
 
 # ---------------------------------------------------------------- names
@@ -176,45 +258,54 @@ def has_swiglu(tensors):
     return "encoder.layer.0.mlp.weights_in.weight" in tensors
 
 
-def rename_from_training(tensors, path):
-    """Names in the authors' training checkpoints -> released ones.
-
-    FSDP and torch.compile put words of their own into the names; in blocks.CHUNK.INDEX, INDEX goes on from
-    chunk to chunk. Where the file holds both networks, the teacher's tensors are taken.
-    """
-    wrappers = r"(^|\.)(?:(?:module|_fsdp_wrapped_module|_orig_mod)\.)+"
-    unwrapped = {re.sub(wrappers, r"\1", name): x for name, x in tensors.items()}
-    teacher = {name: x for name, x in unwrapped.items() if name.startswith("teacher.")}
-    if teacher:
-        unwrapped = {name.removeprefix("teacher."): x for name, x in teacher.items()}
-    flat = {re.sub(r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1.", name): x for name, x in unwrapped.items()}
-    if len(flat) < len(unwrapped):
+def flatten_chunks(tensors, path):
+    """blocks.CHUNK.INDEX -> blocks.INDEX. In the authors' checkpoints, INDEX goes on from chunk to chunk."""
+    flat = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): x for name, x in tensors.items()}
+    if len(flat) < len(tensors):
         raise UserError(f"{path} numbers its blocks anew in every chunk: their order is unknown")
     return flat
 
 
 def to_dinov2_names(tensors, path):
-    """Tensors of any known layout -> under DINOv2's own names. The name of the file must agree with them."""
-    tensors = rename_from_training(tensors, path)
+    """Backbone tensors of any known layout -> under DINOv2's own names, and with a mask token.
+
+    The name of the file must agree with them. Raises UserError.
+    """
+    tensors = flatten_chunks(tensors, path)
     try:
         if "embeddings.cls_token" in tensors:
             tensors = rename_from("hf", tensors)
         elif "cls_token" in tensors and "mask_token" not in tensors:
             tensors = from_timm(tensors)
+        if "cls_token" in tensors and "mask_token" not in tensors:  # iBOT's own, or none: see read_weights
+            tensors["mask_token"] = tensors.pop("masked_embed", torch.zeros_like(tensors["cls_token"][0]))
     except (RuntimeError, IndexError, KeyError) as e:
         raise UserError(f"{path} holds tensors that fit no DINOv2 model ({type(e).__name__}: {e})") from None
+    if lacks_cls_position(tensors):
+        count = tensors["pos_embed"].shape[1]
+        raise UserError(f"{path} has a pos_embed without [CLS] position ({count} are a square of patches): "
+                        f"prepend it, or zeros if cls_token includes it")  # fmt: skip
     check_file_name(tensors, path)
     return tensors
 
 
+def lacks_cls_position(tensors):
+    """Whether pos_embed (1, n, D) has a square of patches alone: n n + 1 is no square."""
+    positions = tensors.get("pos_embed")
+    if positions is None or positions.dim() != 3:
+        return False
+    return positions.shape[1] > 1 and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]
+
+
 def from_timm(tensors):
-    """timm's tensors under our names. With registers, theirs has added the position of [CLS] to its token."""
+    """timm's tensors, or DINOv1's, under our names.
+
+    timm's models with registers have added the position of [CLS] to its token: it gets zeros.
+    """
     tensors = rename_from("timm", tensors)
-    cls_token = tensors["cls_token"]
-    positions = tensors["pos_embed"]
-    if math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:  # of patches alone: n n + 1 is no square
-        tensors["pos_embed"] = torch.cat([torch.zeros_like(cls_token), positions], dim=1)
-    tensors["mask_token"] = torch.zeros_like(cls_token[0])  # theirs has none; whole images don't need it
+    if lacks_cls_position(tensors):
+        no_position = torch.zeros_like(tensors["cls_token"])
+        tensors["pos_embed"] = torch.cat([no_position, tensors["pos_embed"]], dim=1)
     return tensors
 
 
@@ -223,7 +314,7 @@ def check_file_name(tensors, path):
     name = path.parent.name if path.stem in ("model", "pytorch_model") else path.name
     matches = [re.search(pattern, name) for pattern in RELEASED_NAMES]
     match = next((match for match in matches if match), None)
-    cls_token = tensors.get("cls_token", tensors.get("backbone.cls_token"))
+    cls_token = tensors.get("cls_token")
     if match is None or cls_token is None or not cls_token.dim():
         return
     width = next(width for size, width in WIDTHS.items() if size[0] == match["size"][0])
@@ -244,7 +335,7 @@ def describe_released(width, has_registers):
 
 
 def read_safetensors(path):
-    """-> {name: tensor in the mapped file}, and the architecture as far as the file or its folder states it.
+    """-> {name: tensor in the mapped file}, and the architecture as far as its metadata state it.
 
     Raises UserError if the header contradicts itself or the size of the file.
     """
@@ -265,7 +356,7 @@ def read_safetensors(path):
         if (data_start + start) % dtype.itemsize:  # not aligned: view would refuse it
             x = x.clone()
         tensors[name] = x.view(dtype).view(header[name]["shape"])
-    return tensors, stated_arch(arch, path, tensors)
+    return tensors, arch
 
 
 def read_header(path):
@@ -308,7 +399,7 @@ def check_spans(spans, size):
 
 
 def stated_arch(arch, path, tensors):
-    """What shapes don't show: from the metadata of our own files, or from Hugging Face's config.json."""
+    """What shapes don't show: `arch` as our own file states it, or what Hugging Face's config.json says."""
     config_file = path.parent / "config.json"
     if "embeddings.cls_token" in tensors and config_file.is_file():
         width = tensors["embeddings.cls_token"].shape[-1:].numel()

@@ -1,6 +1,7 @@
 """Weights in and out: every layout there and back, conversion for training, hostile files, the cache,
 torch.hub; and the real packages, where they are installed."""
 
+import argparse
 import functools
 import hashlib
 import http.server
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from helpers import RELEASED_CHECKPOINTS
 
 import config
@@ -246,6 +248,185 @@ def test_chunked_checkpoints_of_the_authors(student, tmp_path):
     assert_same_tensors(backbone.state_dict(), back.state_dict())
     same_features(backbone, back)
     assert list(read_weights(file)[1]) == ["dino_head.last_layer.weight_g"]
+
+
+def named(prefix, tensors, shift=0.0):
+    return {prefix + name: x + shift for name, x in tensors.items()}
+
+
+def in_chunks(tensors):
+    """blocks.2.norm1.bias -> blocks.1.2.norm1.bias: two blocks a chunk."""
+    chunk = functools.partial(
+        re.sub, r"^blocks\.(\d+)", lambda block: f"blocks.{int(block[1]) // 2}.{block[1]}"
+    )
+    return {chunk(string=name): x for name, x in tensors.items()}
+
+
+def both_networks(tensors, student="student.backbone.", teacher="teacher.backbone."):
+    return named(student, tensors, shift=1) | named(teacher, tensors)
+
+
+def dino_checkpoint(tensors, **others):
+    """As DINOv1 and iBOT save it: the student in DistributedDataParallel, and no mask token."""
+    tensors = {name: x for name, x in tensors.items() if name != "mask_token"}
+    head = {"head.mlp.0.weight": torch.ones(8, 96), "head.mlp.1.num_batches_tracked": torch.tensor(3)}
+    return {"student": named("module.backbone.", tensors, shift=1) | named("module.", head),
+            "teacher": named("backbone.", tensors) | head, "epoch": 3, **others}  # fmt: skip
+
+
+OPTIMIZER = {
+    "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}},
+    "param_groups": [{"lr": 0.1}],
+}
+SETTINGS = argparse.Namespace(
+    arch="vit_small", patch_size=4, betas=(0.9, 0.95), nested=argparse.Namespace(a=1)
+)
+FSDP_NAMES = ("backbone.", "backbone._fsdp_wrapped_module."), ("attn.", "_checkpoint_wrapped_module.attn.")
+
+
+def with_fsdp_names(tensors):
+    for plain, wrapped in FSDP_NAMES:
+        tensors = {name.replace(plain, wrapped): x for name, x in tensors.items()}
+    return tensors
+
+
+CHECKPOINTS = {  # what other programs save around the tensors of a backbone
+    "DINOv1": lambda x: dino_checkpoint(x, optimizer=OPTIMIZER, args=SETTINGS, fp16_scaler=None),
+    "DINOv1 without settings": dino_checkpoint,
+    "iBOT, teacher": lambda x: {"state_dict": dino_checkpoint(x)["teacher"], "arch": "vit_small"},
+    "iBOT, student": lambda x: {"student": {
+        f"module.backbone.{name.replace('mask_token', 'masked_embed')}": y for name, y in x.items()}},
+    "DINOv2": lambda x: {"model": both_networks(in_chunks(x)), "optimizer": OPTIMIZER, "iteration": 99},
+    "DINOv2, teacher": lambda x: {"teacher": named("backbone.", in_chunks(x))},
+    "DINOv2, FSDP": lambda x: {"model": with_fsdp_names(both_networks(x))},
+    "Lightning": lambda x: {"state_dict": both_networks(x, "student_backbone.", "teacher_backbone.")
+                            | {"criterion.steps": torch.tensor(7)}, "hyper_parameters": {"lr": 1e-3}},
+    "data parallel": lambda x: named("module.", x),
+    "compiled": lambda x: named("_orig_mod.", x),
+    "only a student": lambda x: {"student": named("backbone.", x)},
+    "model_state_dict": lambda x: {"model_state_dict": x},
+    "half precision": lambda x: {"model": {name: y.half() for name, y in x.items()}},
+    "classifier": lambda x: named("dinov2.", rename_to("hf", x)) | {"classifier.weight": torch.ones(5, 192)},
+    "classifier, registers": lambda x: named("dinov2_with_registers.", rename_to("hf", x)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", CHECKPOINTS)
+@pytest.mark.parametrize("options", [dict(layerscale=0), REGISTERS], ids=["as DINOv1", "registers"])
+def test_checkpoints_of_other_programs(program, options, tmp_path):
+    """The teacher's features, bit for bit, here; a training run asks for a conversion first."""
+    backbone = tiny_backbone(**options)
+    file = tmp_path / "checkpoint.pth"
+    torch.save(CHECKPOINTS[program](backbone.state_dict()), file)
+    back = load_backbone(file)
+    tolerance = 0.05 if program == "half precision" else 0
+    image = torch.randn(1, 3, 24, 24)
+    for ours, theirs in zip(backbone(image), back(image), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=tolerance)
+    no_mask_token = program.startswith("DINOv1") or program == "iBOT, teacher"
+    if no_mask_token:
+        assert back.mask_token.shape == (1, 96) and not back.mask_token.any()
+    elif not tolerance:
+        assert torch.equal(back.mask_token, backbone.mask_token)
+    if tolerance:  # Meta's names: a run starts from it as it is
+        assert features.load_backbone(file).embed_dim == 96
+        return
+    refused(re.escape(f"python -m tools.export {file} --to meta"), file, features.load_backbone)
+
+
+def test_a_dinov1_checkpoint_is_converted_for_training(tmp_path):
+    backbone = tiny_backbone(layerscale=0)
+    torch.save(dino_checkpoint(backbone.state_dict(), args=SETTINGS), tmp_path / "checkpoint.pth")
+    export.main([str(tmp_path / "checkpoint.pth"), "--to", "meta", "--out", str(tmp_path / "w.pth")])
+    same_features(backbone, features.load_backbone(tmp_path / "w.pth"))
+
+
+def test_a_classifier_has_the_heads_that_its_config_states(tmp_path):
+    backbone = tiny_backbone(num_heads=2)
+    export.write_hf(backbone, tmp_path)
+    tensors = CHECKPOINTS["classifier"](backbone.state_dict())
+    export.write_safetensors(tmp_path / "model.safetensors", tensors, {})
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    for source in (tmp_path, tmp_path / "pytorch_model.bin"):
+        same_features(backbone, load_backbone(source))
+
+
+def without(tensors, *names):
+    return {name: x for name, x in tensors.items() if name not in names}
+
+
+ONE = torch.ones(1, 4, 96)
+DINOV3 = {"storage_tokens": ONE, "rope_embed.periods": torch.ones(8)}
+NOT_READ = {  # what a file holds: (its content, made of a backbone's tensors; the words that name it)
+    "DINOv3": (lambda x: without(x, "pos_embed") | DINOV3, "a DINOv3 model: another architecture .rotary"),
+    "DINOv3, Hugging Face": (lambda x: {"layer.0.attention.o_proj.weight": ONE}, "a DINOv3 model"),
+    "timm's EVA": (lambda x: x | {"blocks.0.gamma_1": ONE}, "a BEiT, EVA or DINOv3 model of timm"),
+    "Hugging Face's ViT": (lambda x: {"vit.encoder.layer.0.layernorm_before.weight": ONE},
+                           "a ViT in the names of .* ViTModel"),
+    "CLIP": (lambda x: x | {"norm_pre.weight": ONE}, "the image encoder of CLIP or SigLIP"),
+    "MAE": (lambda x: {"model": x | {"decoder_embed.weight": ONE}}, "a masked autoencoder with its decoder"),
+    "ResNet": (lambda x: {"state_dict": {"module.layer1.0.conv1.weight": ONE}}, "a convolutional network"),
+    "a classifier": (lambda x: without(x, "mask_token") | {"head.weight": torch.ones(5, 96)},
+                     "a ViT trained as a classifier"),
+    "flat parameters": (lambda x: {"model": {"teacher.backbone._flat_param": torch.ones(99)}},
+                        "one rank's FSDP shard of the parameters: gather it first"),
+    "no [CLS] position": (lambda x: x | {"pos_embed": x["pos_embed"][:, 1:]},
+                          "a pos_embed without .CLS. position .36 are a square of patches.: prepend it"),
+    "an optimizer": (lambda x: OPTIMIZER, "the state of an optimizer and no network: take the file of"),
+    "an optimizer in a checkpoint": (lambda x: {"optimizer": OPTIMIZER},
+                                     "the state of an optimizer and no network"),
+    "two networks": (lambda x: named("a.", x) | named("b.", x), r"2 backbones \(a., b.\) and does not say"),
+    "with a wrapper and without": (lambda x: x | named("module.", x),
+                                   "a network both with and without a wrapper"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_READ)
+def test_what_is_not_read_is_named(kind, tmp_path):
+    make, words = NOT_READ[kind]
+    file = tmp_path / "checkpoint.pth"
+    torch.save(make(tiny_backbone(layerscale=0).state_dict()), file)
+    refused(f"checkpoint.pth (holds|has) {words}", file)
+    refused("checkpoint.pth", file, features.load_backbone)
+
+
+class Bomb:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("load", [load_backbone, features.load_backbone])
+def test_classes_that_are_not_allowed_are_named(load, zipped, tmp_path):
+    """An intact file is not called damaged, and none of its code runs, even inside of a Namespace."""
+    bomb = Bomb(tmp_path / "exploded")
+    contents = {
+        r"holds a pathlib.*Path besides its tensors": {"output_dir": Path("x")},
+        r"holds a \S*test_export.Bomb besides": {"class": Bomb},
+        r"could run code: .* save the state_dict": {"args": argparse.Namespace(bomb=bomb)},
+        r"holds one rank's FSDP shard": {"writer": torch.distributed.checkpoint.FileSystemWriter},
+        r"holds a Namespace, not named tensors": argparse.Namespace(teacher=1),
+    }
+    for words, content in contents.items():
+        if isinstance(content, dict):
+            content["teacher"] = {"cls_token": torch.ones(1, 1, 96)}
+        torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+        refused(f"w.pth .*{words}", tmp_path / "w.pth", load)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_a_sharded_tensor_and_a_script_are_named(tmp_path):
+    class Shard(torch.Tensor):  # like a DTensor, which needs a process group
+        pass
+
+    with pytest.raises(UserError, match="w.pth holds one rank's FSDP shard .*norm.bias is a Shard"):
+        features.check_tensors({"norm.bias": torch.ones(2).as_subclass(Shard)}, "w.pth")
+    torch.jit.save(torch.jit.script(torch.nn.Identity()), tmp_path / "w.pth")
+    refused("w.pth is a TorchScript program: save the state_dict", tmp_path / "w.pth")
 
 
 def test_chunks_that_count_anew_are_refused(tmp_path):
