@@ -6,11 +6,13 @@
         --train pairs:train/images:train/masks --test pairs:test/images:test/masks   # your own: here CamVid
     python -m evals.dense --task seg --head runs/camvid/head.pth --predict photo.jpg --out mask.png
 
+Masks are PNG files of class numbers, or of two values or one colour per class: see evals/pairs.py.
+
 Prints mIoU, or RMSE and delta1 (the share of pixels whose depth is less than a factor of 1.25 off), beside
-the same head on an untrained network and on raw pixels. Heads and their files are DINOv2's, and --head takes
-the released ones. Segmentation: BatchNorm and a linear map of the last block, or of the last four side by
-side. Depth: a weighted mean of 256 distances, the weights linear in [patch, CLS] of blocks without the final
-norm.
+the same head on an untrained network and on raw pixels. A class without a pixel in the test or the training
+masks is named and does not count in mIoU. Heads and their files are DINOv2's, and --head takes the released
+ones. Segmentation: BatchNorm and a linear map of the last block, or of the last four side by side. Depth: a
+weighted mean of 256 distances, the weights linear in [patch, CLS] of blocks without the final norm.
 
 Nothing is augmented, so a frozen network sees each training image once: its tokens are cached in half
 precision, up to TOKEN_CACHE_BYTES, and recomputed beyond. The depth head has no norm and is trained on
@@ -36,13 +38,14 @@ from tqdm import tqdm
 import config
 from config import Count, Number, OptionalPixels, Positive, Range, UserError, Whole, argument
 from data import normalize, permuted_index
+from decode import BadImage, open_regular
 from eval_knn import check_overlap
-from evals.pairs import Pairs
+from evals.pairs import ALL_VOID, Pairs, fill_reading, reading_of, survey, untrained_classes
 from features import check_tensors, load_image, resize_to_patches, untrained_copy
 from model import Tokens, describe_backbone
 from runfolder import atomic_open
 from scenes import CLASSES
-from sources import BadImage, open_images, open_regular
+from sources import open_images
 from tools.weights import add_weights_args, loaded_weights, open_backbone
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,10 +57,13 @@ BASE_LEARNING_RATE = dict(seg=1, depth=2)  # over the features' width: for ViT-L
 WEIGHT_DECAY = dict(seg=1e-3, depth=1e-4)
 ITERATIONS = dict(seg=1000, depth=600)
 STATED_KINDS = dict(ignore=int, depth_range=tuple[Positive, Positive], depth_scale=Positive, size=Count,
-                    window=Count, iterations=Whole, names=list)  # in the file of a head  # fmt: skip
+                    window=Count, iterations=Whole, names=list, class_values=list,
+                    untrained=list, range=list, bands=list)  # in the file of a head  # fmt: skip
 SAVED_SETTINGS = (  # in the file of a head
     "task", "names", "ignore", "depth_range", "depth_scale", "size", "window", "layers", "train",
-    "iterations", "batch_size", "lr", "seed")  # fmt: skip
+    "iterations", "batch_size", "lr", "seed", "class_values", "untrained",
+    "range", "bands")  # fmt: skip
+MAX_LISTED = 12  # classes in a note
 
 
 # ---------------------------------------------------------------- features of a frozen backbone
@@ -202,6 +208,7 @@ def read_dense_head(path, settings, backbone):
             about[key] = config.convert(STATED_KINDS[key], about[key])
         if settings.task == "seg" and len(about.get("names", range(outputs))) != outputs:
             raise ValueError(f"{len(about['names'])} names for {outputs} classes")
+        check_class_lists(about, outputs)
         half_trained = file.get("step", 0) < about.get("iterations", 0)
         found = {name: list(x.shape) for name, x in tensors.items()}
     except Exception as e:  # no such file, a web page, a pickle that wants to run code, another head ...
@@ -224,6 +231,16 @@ def read_dense_head(path, settings, backbone):
     if half_trained:
         raise UserError(f"{path} is only half trained: run the same training command again")
     return head.to(DEVICE), width // one_block, about
+
+
+def check_class_lists(about, count):
+    """Raise ValueError unless a head's value of each class, and its untrained classes, are such lists."""
+    values = about.get("class_values") or [0] * count
+    numbers = about.get("untrained") or []
+    if len(values) != count or not all(isinstance(x, int) for x in values):
+        raise ValueError(f"class_values {values!r:.60} are not numbers for {count} classes")
+    if not all(isinstance(x, int) and 0 <= x < count for x in numbers):
+        raise ValueError(f"untrained {numbers!r:.60} are not among {count} classes")
 
 
 def depth_from_logits(logits, nearest, farthest):
@@ -305,7 +322,8 @@ def start_or_resume(features, about, path):
     try:
         with open_regular(path, limit=math.inf) as f:
             saved = torch.load(f, map_location="cpu", weights_only=True)
-        saved_about = dict(saved["about"])
+        not_in_older_files = dict(class_values=[], untrained=[], range=[], bands=[])
+        saved_about = not_in_older_files | dict(saved["about"])
         step = int(saved["step"])
     except Exception as e:
         raise UserError(f"{path} was not written by this script ({e!r}): move it, or change --out") from None
@@ -399,9 +417,10 @@ def predict_image(features, head, image):
 
 
 def class_ious(confusion):
-    """Pixels by (truth, prediction) (C, C) -> IoU of each class (C,), nan where it is in neither."""
+    """Pixels by (truth, prediction) (C, C) -> IoU of each class (C,), nan for one that has no true pixel."""
     intersection = confusion.diag().double()
-    return intersection / (confusion.sum(0) + confusion.sum(1) - intersection)
+    ious = intersection / (confusion.sum(0) + confusion.sum(1) - intersection)
+    return ious.masked_fill(confusion.sum(1) == 0, math.nan)
 
 
 def depth_errors(predicted, truth):
@@ -415,7 +434,8 @@ def depth_errors(predicted, truth):
 def score_head(features, head, pairs):
     """{"mIoU", "classes"} over the pixels of all images, or {"RMSE", "delta1"}, means over images.
 
-    Both are the published definitions. Void pixels do not count.
+    Both are the published definitions. Void pixels do not count. A class that has no pixel in these masks, or
+    had none in the training masks, has IoU nan and does not count in mIoU. Raises UserError if all is void.
     """
     settings = features.settings
     C = len(settings.names)
@@ -434,7 +454,10 @@ def score_head(features, head, pairs):
         else:
             errors.append(depth_errors(predicted, truth))
     if settings.task == "seg":
+        if not confusion.any():
+            raise UserError(ALL_VOID.format(pairs.uri))
         ious = class_ious(confusion)
+        ious[settings.untrained] = math.nan
         return dict(mIoU=ious.nanmean().item(), classes=ious.tolist())
     rmse, delta1 = torch.tensor(errors).mean(0).tolist()
     return dict(RMSE=rmse, delta1=delta1)
@@ -503,9 +526,10 @@ def add_pair_args(parser):
     add("--train", default="scenes:600:seed=20", help="scenes:COUNT, or pairs:IMAGES_DIR:MASKS_OR_DEPTH_DIR")
     add("--test", default="scenes:200:seed=21", help="the same, for the score")
     add("--classes", type=argument(NumClasses), default=0, help="number of classes in the masks")
-    add("--ignore", type=int, default=255, help="label for void; if it is 0, the first class is 1")
+    add("--ignore", type=int, default=255, help="value for void; if it is 0, the first class is 1")
     add("--size", type=argument(OptionalPixels), default=0,
         help="short side of the input in pixels (default: the run's, or 224)")  # fmt: skip
+    parser.set_defaults(class_values=[], untrained=[])  # found in the masks
 
 
 def parse_settings(argv=None):
@@ -540,9 +564,10 @@ def resolve_settings(settings, cfg, about=None, outputs=0):
     A head from a file (`about`, and its number of outputs) is used with the settings of its training.
     """
     about = about or {}
-    for key in ("ignore", "depth_range", "depth_scale"):
+    for key in ("ignore", "depth_range", "depth_scale", "class_values", "untrained"):
         if key in about:
             setattr(settings, key, about[key])
+    fill_reading(settings, cfg, about)
     default_size = config.evaluation_size(cfg)
     if not settings.size:
         settings.size = about.get("size", default_size)
@@ -569,6 +594,8 @@ def class_names(settings):
         return ["background", *CLASSES]
     if not settings.classes and settings.task == "seg":
         raise UserError("how many classes do the masks have? Add --classes 11, and --ignore 11 if 11 is void")
+    if settings.classes == 1 and settings.task == "seg":
+        raise UserError("--classes 1 leaves nothing to tell apart: count the background, too, as --classes 2")
     return [f"class {k}" for k in range(settings.classes)]
 
 
@@ -581,10 +608,28 @@ def print_results(rows, settings, sets):
         print(f"{name:24s}" + "".join(f"{row[metric]:10.3f}" for metric in metrics))
     if settings.task == "seg":
         ious = zip(settings.names, first["classes"])
-        print("IoU:", ", ".join(f"{name} {iou:.2f}" for name, iou in ious))
+        print("IoU:", ", ".join(f"{name} {iou:.2f}" for name, iou in ious if not math.isnan(iou)))
+        print_absent_classes(first["classes"], settings, "pixel")
     for pairs in sets:
         for reason in pairs.bad.values():
             print("left out:", reason)
+
+
+def print_absent_classes(ious, settings, unit):
+    """Name the classes whose IoU is nan, and why: "no pixel of class 7 in the test masks".
+
+    ious: C numbers; unit: "pixel" or "patch".
+    """
+    absent = [number for number, iou in enumerate(ious) if math.isnan(iou)]
+    untrained = [settings.names[number] for number in absent if number in settings.untrained]
+    untested = [settings.names[number] for number in absent if number not in settings.untrained]
+    reasons = []
+    for names, masks in ((untested, "test"), (untrained, "training")):
+        if names:
+            more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+            reasons.append(f"no {unit} of {', '.join(names[:MAX_LISTED])}{more} in the {masks} masks")
+    if reasons:
+        print(f"mIoU over {len(ious) - len(absent)} of {len(ious)} classes; {'; '.join(reasons)}")
 
 
 def with_baselines(backbone, cfg, seed):
@@ -602,6 +647,8 @@ def compare_networks(settings, backbone, cfg, folder):
     train = Pairs(settings.train, settings)
     check_overlap(train.files(), test.files(), "give other pairs to --test")
     print(f"training on {len(train)} images of {settings.train}, testing on {len(test)} of {settings.test}")
+    values, _ = survey([train, test], settings)
+    settings.untrained = untrained_classes(values, settings)
     files = ("head.pth", "pixels.pth", "random.pth")
     rows = {}
     for (name, network), file in zip(with_baselines(backbone, cfg, settings.seed).items(), files):
@@ -614,13 +661,10 @@ def compare_networks(settings, backbone, cfg, folder):
 
 def main(argv=None):
     settings = parse_settings(argv)
-    photos = open_images([settings.predict]) if settings.predict else None
-    if photos and len(photos) > 1:
-        raise UserError(f"--predict takes one image, and {settings.predict} holds {len(photos)}")
     backbone, cfg = open_backbone(settings.weights, settings.download, settings.dtype)
     folder = Path("runs") / f"dense_{settings.task}"
     head = None
-    if settings.head or photos:
+    if settings.head or settings.predict:
         file = settings.head or folder / "head.pth"
         head, settings.layers, about = read_dense_head(file, settings, backbone)
         outputs = head["decode_head"][f"conv_{settings.task}"].out_channels
@@ -630,7 +674,10 @@ def main(argv=None):
     features = DenseFeatures(backbone, settings)
     described = f"{describe_backbone(backbone)}; blocks {features.blocks}"
     print(f"{settings.weights}: {described}, short side {settings.size} pixels")
-    if photos:
+    if settings.predict:
+        photos = open_images([settings.predict], reading_of(settings))
+        if len(photos) > 1:
+            raise UserError(f"--predict takes one image, and {settings.predict} holds {len(photos)}")
         try:
             image, _ = load_image(photos, 0)
         except BadImage as e:
@@ -638,6 +685,7 @@ def main(argv=None):
         write_prediction(features, head, image, settings.out or Path(f"{settings.task}.png"))
     elif head is not None:
         test = Pairs(settings.test, settings)
+        survey([test], settings)
         print_results({"this head": score_head(features, head, test)}, settings, [test])
     else:
         compare_networks(settings, backbone, cfg, settings.out or folder)

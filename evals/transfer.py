@@ -32,9 +32,10 @@ from evals.dense import (
     class_ious,
     class_names,
     draw_classes,
+    print_absent_classes,
     with_baselines,
 )
-from evals.pairs import Pairs
+from evals.pairs import Pairs, fill_reading, survey, untrained_classes
 from evals.tiles import contact_sheet, image_tile, to_pil
 from features import resize_to_patches
 from model import describe_backbone
@@ -101,14 +102,20 @@ def compare(backbone, cfg, settings):
     train = Pairs(settings.train, settings)
     test = Pairs(settings.test, settings)
     check_overlap(train.files(), test.files(), "give other pairs to --test")
+    values, _ = survey([train, test], settings)
+    settings.untrained = untrained_classes(values, settings)
     results = {}
     for name, network in with_baselines(backbone, cfg, settings.seed).items():
         results[name] = transfer(DenseFeatures(network, settings), train, test)
     return results, [*train.bad.values(), *test.bad.values()]
 
 
-def score(results, count):
-    """-> {"patches", "not first", "mIoU"}: right of all patches, of those not in the first class; mIoU."""
+def score(results, settings):
+    """-> {"patches", "not first", "mIoU"}: right of all patches, of those not in the first class; mIoU.
+
+    "classes" are the IoUs, nan for a class without a true patch, or without a pixel in the training masks.
+    """
+    count = len(settings.names)
     truth = torch.cat([classes.flatten() for _, classes, _ in results])
     found = torch.cat([transferred.flatten() for _, _, transferred in results])
     known = truth >= 0
@@ -116,9 +123,10 @@ def score(results, count):
     found = found[known]
     right = (truth == found).float()
     confusion = (truth * count + found).bincount(minlength=count * count).view(count, count)
-    row = {"patches": right.mean(), "not first": right[truth > 0].mean()}
-    row["mIoU"] = class_ious(confusion).nanmean()
-    return {name: value.item() for name, value in row.items()}
+    ious = class_ious(confusion)
+    ious[settings.untrained] = math.nan
+    row = {"patches": right.mean(), "not first": right[truth > 0].mean(), "mIoU": ious.nanmean()}
+    return {name: value.item() for name, value in row.items()} | {"classes": ious.tolist()}
 
 
 def classes_tile(pixels, classes, settings):
@@ -154,13 +162,14 @@ def make_parser():
     add_pair_args(parser)
     parser.add_argument("--seed", type=argument(Whole), default=0, help="of the random network")
     parser.add_argument("--out", type=argument(Path), default="runs/transfer", help="folder for transfer.png")
-    parser.set_defaults(task="seg", layers=1)
+    parser.set_defaults(task="seg", layers=1, head=None)
     return parser
 
 
 def main(argv=None):
     settings = make_parser().parse_args(argv)
     backbone, cfg = open_backbone(settings.weights, settings.download, settings.dtype)
+    fill_reading(settings, cfg, {})
     settings.size = settings.size or config.evaluation_size(cfg)
     settings.names = class_names(settings)
     print(f"{settings.weights}: {describe_backbone(backbone)}, short side {settings.size} pixels")
@@ -168,8 +177,10 @@ def main(argv=None):
     results, left_out = compare(backbone, cfg, settings)
     print(f"{'':24s}{'patches':>10s}{'not first':>10s}{'mIoU':>10s}")
     for name, transferred in results.items():
-        row = score(transferred, len(settings.names))
+        row = score(transferred, settings)
+        ious = row.pop("classes")  # nan for the same classes, whatever the network
         print(f"{name:24s}" + "".join(f"{value:10.3f}" for value in row.values()))
+    print_absent_classes(ious, settings, "patch")
     for reason in left_out:
         print("left out:", reason)
     out = settings.out

@@ -76,7 +76,8 @@ def test_patches_of_the_same_colour_hand_over_their_class(tmp_path):
     train = Pairs(settings.train, settings)
     results = transfer.transfer(DenseFeatures(Oracle(), settings), train, Pairs(settings.test, settings))
     assert len(results) == 4
-    assert score(results, 3) == {"patches": 1.0, "not first": 1.0, "mIoU": 1.0}
+    perfect = {"patches": 1.0, "not first": 1.0, "mIoU": 1.0, "classes": [1.0, 1.0, 1.0]}
+    assert score(results, settings) == perfect
     for pixels, truth, found in results:
         assert pixels.shape == (3, 32, 32)
         assert truth.shape == found.shape == (4, 4)
@@ -90,16 +91,27 @@ def test_a_network_that_sees_nothing_hands_over_one_class(tmp_path):
     results = transfer.transfer(DenseFeatures(blind, settings), train, Pairs(settings.test, settings))
     found = torch.cat([found.flatten() for _, _, found in results])
     assert len(found.unique()) == 1
-    assert score(results, 3)["mIoU"] < 0.25
+    assert score(results, settings)["mIoU"] < 0.25
 
 
 def test_the_score_by_hand():
     truth = torch.tensor([[0, 1], [1, -1]])
     found = torch.tensor([[0, 1], [0, 1]])
-    row = score([(None, truth, found)], 2)
+    row = score([(None, truth, found)], make_settings("pairs:a:b", "pairs:x:y", 2))
     assert row["patches"] == pytest.approx(2 / 3)
     assert row["not first"] == pytest.approx(1 / 2)
     assert row["mIoU"] == pytest.approx((1 / 2 + 1 / 2) / 2)
+
+
+def test_a_class_without_a_patch_or_without_training_does_not_count():
+    truth = torch.tensor([[0, 1], [1, 3]])
+    found = torch.tensor([[0, 1], [2, 0]])  # class 2 is found, but nowhere true
+    settings = make_settings("pairs:a:b", "pairs:x:y", 4)
+    settings.untrained = [3]
+    row = score([(None, truth, found)], settings)
+    assert row["classes"][:2] == pytest.approx([1 / 2, 1 / 2])
+    assert np.isnan(row["classes"][2:]).all()
+    assert row["mIoU"] == pytest.approx(1 / 2)
 
 
 def test_a_large_bank_is_thinned_evenly(tmp_path, monkeypatch):
@@ -142,6 +154,14 @@ def test_the_command(weights, tmp_path, monkeypatch, capsys):
         assert all(0 <= float(number) <= 1 for number in numbers)
     sheet = Image.open("runs/transfer/transfer.png")
     assert sheet.width > 5 * 160  # the image, the truth and three networks
+
+
+def test_the_command_names_absent_classes(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sets = ["--train", write_pairs(tmp_path / "a", 1), "--test", write_pairs(tmp_path / "b", 2, classes=2)]
+    transfer.main(["--weights", weights, *sets, "--classes", "4", "--size", "32"])
+    absent = "no patch of class 2 in the test masks; no patch of class 3 in the training masks"
+    assert f"mIoU over 2 of 4 classes; {absent}" in capsys.readouterr().out
 
 
 def test_unusable_data_is_refused(weights, tmp_path):
