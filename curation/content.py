@@ -16,7 +16,8 @@ from curation.embed import embed_examples
 from curation.manifest import REASONS, load_arrays, save_arrays
 from curation.quality import threshold
 from curation.vectors import BLOCK, to_float64
-from sources import Entry, ImageFiles, check_name, open_regular, open_source
+from decode import open_regular
+from sources import Entry, ImageFiles, check_name, open_source
 
 PENALTY = 10.0  # of squared weights, for standardised features
 NEWTON_STEPS = 25

@@ -1,7 +1,8 @@
 """Duplicates: images with the same bytes, looks or features; and leaks, which resemble an evaluation image.
 
-Resemblance makes chains: if A is like B and B like C, all three are one component, although A and C may
-differ. Of a component the largest image stays; if an evaluation image is in it, no image of the source does.
+Images are judged one after the other, the best first: one that resembles an image already kept goes and names
+it, any other is kept. So whatever goes resembles what stays, however many steps lie between the two ends of a
+chain: of a slow pan every n-th frame is kept. Evaluation images come first, and all of them count as kept.
 """
 
 from itertools import combinations, pairwise
@@ -15,6 +16,7 @@ from curation.vectors import BLOCK, kmeans, nearest, to_float64
 from distributed import all_reduce, rank, world_size
 
 PARTITION = 1000  # rows, on average, among which near-duplicates are searched
+TOLD_GROUPS = 5  # of which the funnel says how large they are
 
 
 def dedup(state):
@@ -29,75 +31,101 @@ def dedup(state):
         state.embedded = state.embedded[still_in]
 
 
-def keep_largest(state, rows, roots, reason):
-    """Decide over components: the largest image stays, or none with an evaluation image in the component.
+def best_first(state, rows):
+    """The order in which images are judged: numbers rows (m,) -> places in `rows` (m,).
 
-    rows (m,): numbers of images. roots (m,): their components, as `connected_components` gives them. reason
-    (m,): indices of REASONS for those that go. -> the columns why and of
+    Evaluation images, then the largest, the most bytes, the first.
     """
-    area = state.width[rows] * state.height[rows]
     in_source = rows < state.num_source
-    # Component by component: evaluation images first, then the largest, the most bytes, the first.
-    order = np.lexsort((rows, -state.bytes[rows], -area, in_source, roots))
-    first = order[np.diff(roots[order], prepend=-1) > 0]
-    best_of_root = np.empty(len(rows), np.int64)
-    best_of_root[roots[first]] = first
-    best = best_of_root[roots]
-    leaks = rows[best] >= state.num_source
-    dropped = in_source & (leaks | (best != np.arange(len(rows))))
+    area = state.width[rows] * state.height[rows]
+    return np.lexsort((rows, -state.bytes[rows], -area, in_source))
+
+
+def find_representatives(n, pairs, num_fixed=0):
+    """Which images are kept, and which of them each other one resembles.
+
+    The n images are numbered best first. pairs (p, 2): numbers of two that are alike, in any order. The first
+    num_fixed are kept whatever they resemble. -> (n,), for each image the best kept one that it is like;
+    itself, if it is kept
+    """
+    better = pairs.min(1)
+    order = np.argsort(better, kind="stable")
+    better = better[order]
+    worse = pairs.max(1)[order]
+    starts = np.flatnonzero(np.diff(better, prepend=-1)).tolist()
+    kept_of = np.arange(n)
+    for start, end in pairwise([*starts, len(better)]):
+        image = better[start]
+        if kept_of[image] == image:  # no better image that is kept has claimed it
+            alike = worse[start:end]
+            alike = alike[(kept_of[alike] == alike) & (alike >= num_fixed)]
+            kept_of[alike] = image
+    return kept_of
+
+
+def drop_duplicates(state, rows, kept_of, reason, means):
+    """Each image but its representative goes; if that is an evaluation image, it has leaked.
+
+    rows (m,): numbers of images, best first. kept_of (m,): as of `find_representatives`. reason: index of
+    REASONS, or (m,) of them, for what is no leak. means: how they were found. -> the columns why, of, a note
+    """
+    in_source = rows < state.num_source
+    resembled = rows[kept_of]
+    leaks = resembled >= state.num_source
+    dropped = in_source & (resembled != rows)
     reason = np.where(leaks, REASONS.index("leak"), reason)
     why = np.zeros(state.num_images, np.uint8)
     why[rows[dropped]] = reason[dropped]
     of = state.of.copy()
-    of[rows[dropped]] = rows[best[dropped]]
-    return dict(why=why, of=of)
+    of[rows[dropped]] = resembled[dropped]
+    return dict(why=why, of=of, notes=describe_groups(resembled[dropped], means))
 
 
-def connected_components(n, pairs):
-    """Union-find: pairs of numbers below n -> (n,), for each number the smallest one of its component."""
-    parent = list(range(n))
-
-    def find_root(number):
-        while parent[number] != number:
-            parent[number] = parent[parent[number]]  # halves the path for later calls
-            number = parent[number]
-        return number
-
-    for one, other in pairs:
-        roots = find_root(one), find_root(other)
-        parent[max(roots)] = min(roots)
-    return np.array([find_root(number) for number in range(n)], np.int64)
+def describe_groups(resembled, means):
+    """What each dropped image resembles (d,) -> how large the largest groups are, texts (1,) or (0,)."""
+    _, counts = np.unique(resembled, return_counts=True)
+    if not len(counts):
+        return np.array([])
+    sizes = np.sort(counts + 1)[::-1]  # with the image that they resemble
+    largest = ", ".join(f"{size:,d}" for size in sizes[:TOLD_GROUPS])
+    note = f"groups of duplicates by {means}: {len(sizes):,d}; the largest hold {largest} images"
+    return np.array([note])
 
 
 # ---------------------------------------------------------------- by hashes
 
 
 def filter_hashes(state):
-    """Exact duplicates by SHA-256, near ones by pHash and dHash together -> the columns why and of."""
+    """Exact duplicates by SHA-256, near ones by pHash and dHash together -> the columns why, of, a note."""
     rows = np.flatnonzero(state.why == 0)
-    numbers = np.arange(len(rows))
+    rows = rows[best_first(state, rows)]
     shas = state.sha[rows]
     _, first, inverse = np.unique(shas, return_index=True, return_inverse=True)
-    same_bytes = first[inverse]  # (m,) the first image with these bytes
+    same_bytes = first[inverse]  # (m,) the best image with these bytes
     both = np.stack([state.phash, state.dhash], 1)[rows]
-    hashes, first_of_hash, inverse = np.unique(both, axis=0, return_index=True, return_inverse=True)
-    same_hashes = first_of_hash[inverse.ravel()]
-    pairs = []
-    for first in (same_bytes, same_hashes):  # copies may be many: below, only distinct hashes are compared
-        copies = np.flatnonzero(first != numbers)
-        pairs.append(np.stack([copies, first[copies]], 1))
-    phashes = hashes[:, 0].copy()
-    dhashes = hashes[:, 1].copy()
-    for one, other in ((phashes, dhashes), (dhashes, phashes)):
-        for pair in hamming_pairs(one, state.cfg.dedup.radius):
-            left, right = pair.T
-            distance = np.bitwise_count(other[left] ^ other[right])
-            alike = distance <= state.cfg.dedup.other_radius
-            pairs.append(first_of_hash[pair[alike]])
-    roots = connected_components(len(rows), np.concatenate(pairs).tolist())
+    # Copies may be many: only distinct hashes are compared, and the best image of each stands for them.
+    hashes, best, inverse = np.unique(both, axis=0, return_index=True, return_inverse=True)
+    pairs = best[alike_hashes(hashes, state.cfg.dedup)]
+    num_evaluation = np.count_nonzero(rows >= state.num_source)
+    kept_of = find_representatives(len(rows), pairs, num_evaluation)
+    kept_of = kept_of[best[inverse.ravel()]]
     exact = REASONS.index("exact duplicate")
     near = REASONS.index("near duplicate")
-    return keep_largest(state, rows, roots, np.where(same_bytes != numbers, exact, near))
+    reason = np.where(same_bytes != np.arange(len(rows)), exact, near)
+    return drop_duplicates(state, rows, kept_of, reason, "hashes")
+
+
+def alike_hashes(hashes, settings):
+    """pHash and dHash, uint64 (h, 2) -> pairs that are near in one, and roughly in the other (p, 2)."""
+    phashes = hashes[:, 0].copy()
+    dhashes = hashes[:, 1].copy()
+    pairs = [np.empty((0, 2), np.int64)]
+    for one, other in ((phashes, dhashes), (dhashes, phashes)):
+        for pair in hamming_pairs(one, settings.radius):
+            left, right = pair.T
+            distance = np.bitwise_count(other[left] ^ other[right])
+            pairs.append(pair[distance <= settings.other_radius])
+    return np.concatenate(pairs)
 
 
 def hamming_pairs(hashes, radius):
@@ -130,26 +158,36 @@ def hamming_pairs(hashes, radius):
 
 
 def filter_features(state):
+    """Those whose cosine is above `similar.min_cosine`, or leak_cosine -> the columns why and of, a note."""
     similar = state.cfg.similar
     in_source = state.embedded < state.num_source
-    roots = near_duplicate_groups(state.features, in_source, similar.min_cosine, similar.leak_cosine)
-    reason = np.full(len(roots), REASONS.index("feature duplicate"))
-    return keep_largest(state, state.embedded, roots, reason)
+    order = best_first(state, state.embedded)
+    place = np.argsort(order)  # of each row among them, the best first
+    pairs = near_duplicate_pairs(state.features, in_source, similar.min_cosine, similar.leak_cosine)
+    num_evaluation = np.count_nonzero(~in_source)
+    kept_of = find_representatives(len(order), place[pairs], num_evaluation)
+    reason = REASONS.index("feature duplicate")
+    return drop_duplicates(state, state.embedded[order], kept_of, reason, "features")
 
 
 def near_duplicate_groups(x, side, within, across):
-    """Group rows x (n, D) whose cosine is above `within`, or above `across` if they differ in side (n,) bool.
+    """`near_duplicate_pairs`, the first rows being the best -> (n,), for each row the kept one it is like."""
+    return find_representatives(len(x), near_duplicate_pairs(x, side, within, across))
 
-    -> (n,), for each row the first one of its group. Pairs are searched in k-means partitions of PARTITION
-    rows on average (SemDeDup, Abbas et al. 2023). Each row is in the two nearest partitions, which finds most
-    of the pairs that a border divides.
+
+def near_duplicate_pairs(x, side, within, across):
+    """Pairs of rows x (n, D) whose cosine is above `within`, or `across` if they differ in side (n,) bool.
+
+    -> (p, 2), the lower number first; some twice. They are searched in k-means partitions of PARTITION rows
+    on average (SemDeDup, Abbas et al. 2023). Each row is in the two nearest partitions, which finds most of
+    the pairs that a border divides.
     """
     num_partitions = max(len(x) // PARTITION, 1)
     centroids, _ = kmeans(x, num_partitions)
     _, partitions = nearest(x, centroids, 2)  # (n, 2), or (n, 1) if there is only one
     per_row = partitions.shape[1]
     partitions = partitions.ravel()
-    order = np.argsort(partitions, kind="stable") // per_row  # rows, partition by partition
+    order = np.argsort(partitions, kind="stable") // per_row  # rows, partition by partition, ascending in it
     ends = np.cumsum(np.bincount(partitions))
     pairs = [np.empty((0, 2), np.int64)]
     for members in np.split(order, ends[:-1])[rank() :: world_size()]:
@@ -157,12 +195,19 @@ def near_duplicate_groups(x, side, within, across):
         for rows in np.split(members, range(BLOCK, len(members), BLOCK)):
             cosines = (to_float64(x[rows]) @ bank.T).cpu().numpy()
             differ = side[rows][:, None] != side[members]
-            left, right = np.nonzero((cosines > within) | differ & (cosines > across))
+            alike = (cosines > within) | differ & (cosines > across)
+            alike &= rows[:, None] < members
+            left, right = np.nonzero(alike)
             pairs.append(np.stack([rows[left], members[right]], 1))
-    mine = connected_components(len(x), np.concatenate(pairs).tolist())
-    roots_of_all = torch.zeros(world_size(), len(x), dtype=torch.int64)  # a row for each process
-    roots_of_all[rank()] = torch.from_numpy(mine)
-    links = []
-    for roots in all_reduce(roots_of_all).tolist():
-        links += [(row, root) for row, root in enumerate(roots) if row != root]
-    return connected_components(len(x), links)
+    return gather_pairs(np.concatenate(pairs))
+
+
+def gather_pairs(mine):
+    """The pairs (p, 2) that each process has found -> those of all processes, on each of them."""
+    ends = torch.zeros(world_size(), dtype=torch.int64)
+    ends[rank()] = len(mine)
+    ends = all_reduce(ends).cumsum(0)
+    everyones = torch.zeros(int(ends[-1]), 2, dtype=torch.int64)
+    end = int(ends[rank()])
+    everyones[end - len(mine) : end] = torch.from_numpy(mine)
+    return all_reduce(everyones).numpy()

@@ -17,6 +17,8 @@ from runfolder import atomic_open
 from sources import Entry, ImageFiles
 from tools.weights import open_backbone
 
+SHORTEST = 1e-12  # below this length, `unit_rows` takes a vector for zero
+
 
 def embed(state):
     """Features of the images still in: state.features (m, D) float16, memory-mapped, and the numbers of these
@@ -30,7 +32,8 @@ def embed(state):
     num_rows = getattr(state.embedder, "num_rows", None)
     if num_rows not in (None, state.num_source, state.num_images):
         file = state.cfg.features.embeddings
-        raise UserError(f"{file} has {num_rows} rows for {state.num_images} images: make it anew, with paths")
+        remedy = "give each image of ingest's order a row, or take an .npz of cls and paths"
+        raise UserError(f"{file} has {num_rows} rows for {state.num_source} images: {remedy}")
     state.key = cache_key(state.key, state.embedder.key)
     state.embedded = np.flatnonzero(state.why == 0)
     folder = state.work / f"features-{state.key}"
@@ -57,7 +60,7 @@ def embed_pieces(state, folder, whole):
         features = np.zeros((0, state.embedder.width), np.float16)
         if len(numbers):
             entries = [row_to_entry(row) for _, row in state.iter_rows(numbers)]
-            features = state.embedder(ImageFiles(entries), numbers)
+            features = state.embedder(ImageFiles(entries, state.reading), numbers)
         with atomic_open(files[index]) as file:
             np.save(file, features)
 
@@ -134,7 +137,8 @@ class Embedder:
 class StoredEmbeddings:
     """A file of vectors: .npz of cls (n, D) and paths (n,), or .npy (n, D), a row an image in ingest's order.
 
-    Called like Embedder. Raises UserError for a file of another kind, and for images that are not in it.
+    Called like Embedder. Raises UserError for a file of another kind, for images that are not in it, and for
+    rows that have no direction: zeros, NaN, infinity.
     """
 
     def __init__(self, file):
@@ -147,14 +151,20 @@ class StoredEmbeddings:
         self.num_rows = None if "paths" in arrays else len(self.vectors)  # to be compared with the pile
         self.row_of = {canonical_name(name): row for row, name in enumerate(arrays.get("paths", ()))}
         if "paths" in arrays and not len(self.vectors) == len(arrays["paths"]) == len(self.row_of):
-            raise UserError(f"{file} must have as many rows as paths, and each path once: make it anew")
+            found = f"{len(self.vectors)} rows for {len(arrays['paths'])} paths, {len(self.row_of)} different"
+            raise UserError(f"{file} has {found}: write a row for each path, and each path once")
 
     def __call__(self, images, numbers=None):
         """numbers (n,) of the images in the pile; None for others, e.g. seeds."""
+        rows = self.find_rows(images, numbers)
+        vectors = np.asarray(self.vectors[rows], np.float64)
         with np.errstate(over="ignore"):
-            vectors = np.asarray(self.vectors[self.find_rows(images, numbers)], np.float32)
-        if not np.isfinite(vectors).all():
-            raise UserError(f"{self.file} holds numbers that are not finite: make it anew")
+            lengths = np.linalg.norm(vectors, axis=1)
+        usable = (lengths > SHORTEST) & np.isfinite(lengths)
+        if not usable.all():
+            first = np.argmin(usable)
+            found = f"{self.file} row {rows[first]}, of {images.name(first)}, has length {lengths[first]:.3g}"
+            raise UserError(f"{found}, so no direction: embed this image again, or take it out of the pile")
         return unit_rows(torch.from_numpy(vectors))
 
     def find_rows(self, images, numbers):

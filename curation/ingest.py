@@ -10,16 +10,15 @@ import json
 import os
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from curation.manifest import load_bytes
 from curation.pieces import list_entries, run_jobs
+from decode import LYING, BadImage, decode_image, find_turn, to_rgb
 from runfolder import atomic_write_text
-from sources import LOOSE_FILE, NO_IMAGE, BadImage, decode_image, to_rgb
+from sources import LOOSE_FILE, NO_IMAGE
 
 THUMBNAIL = 128  # pixels, at least, of the short side of the grey picture on which everything is measured
-EXIF_ORIENTATION = 0x0112
-LYING = (5, 6, 7, 8)  # its values for pixels that lie on their side; a hostile file may hold anything
 
 
 def ingest(state):
@@ -28,7 +27,7 @@ def ingest(state):
     def job(index):
         piece = state.pieces[index]
         entries, damage = list_entries(piece)
-        rows = [examine(entry) for entry in entries]
+        rows = [examine(entry, state.reading) for entry in entries]
         if damage:  # a row of the shard itself, without a place in it
             rows.append(dict(path=os.path.abspath(piece), label=None, why="unreadable", detail=damage))
         lines = [json.dumps(row) + "\n" for row in rows]
@@ -39,8 +38,8 @@ def ingest(state):
     state.read_columns()
 
 
-def examine(entry):
-    """One image -> its row."""
+def examine(entry, reading=None):
+    """One image -> its row. reading: how numbers become colours (decode.Reading)."""
     name, label, offset, size = entry
     shard, _, member = name.partition("::")
     if offset == LOOSE_FILE:
@@ -54,7 +53,7 @@ def examine(entry):
             raise BadImage(name, "the shard has no whole image of this key")
         data = load_bytes(row)
         row |= dict(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
-        return row | decode_image(data, name, measure)
+        return row | decode_image(data, name, measure, reading)
     except (BadImage, OSError) as error:
         return row | dict(why="unreadable", detail=str(error.args[-1]))
 
@@ -66,14 +65,17 @@ def measure(image):
     ("draft"), brightness only.
     """
     width, height = image.size
-    if image.getexif().get(EXIF_ORIENTATION) in LYING:
-        width, height = height, width
-    image_format = image.format.replace("MPO", "JPEG")  # a camera's JPEG that holds several pictures
+    image_format = (image.format or "numbers").replace("MPO", "JPEG")  # a JPEG that holds several pictures
     image.draft("L", (THUMBNAIL, THUMBNAIL))
+    turn = find_turn(image)
+    if turn in LYING:
+        width, height = height, width
     grey = image
     if image.mode != "L" or "transparency" in image.info:
         grey = to_rgb(image).convert("L")
-    grey = ImageOps.exif_transpose(grey.reduce(max(min(grey.size) // THUMBNAIL, 1)))
+    grey = grey.reduce(max(min(grey.size) // THUMBNAIL, 1))
+    if turn is not None:
+        grey = grey.transpose(turn)
     share_below = np.cumsum(grey.histogram()) / (grey.width * grey.height)  # (256,) of the pixels
     small = grey.reduce(2) if min(grey.size) >= 64 else grey  # enough for the hashes, in half the time
     return dict(width=width, height=height, format=image_format,

@@ -15,10 +15,20 @@ from typing import NamedTuple
 import numpy as np
 
 from config import UserError
-from curation.pieces import cache_key, files_key, piece_files, piece_key, split_source
+from curation.pieces import (
+    FileRange,
+    cache_key,
+    files_key,
+    measure_reading,
+    piece_files,
+    piece_key,
+    split_source,
+)
+from decode import MAX_FILE_BYTES, Reading, open_regular
 from distributed import all_reduce_ints, broadcast_object, rank
 from runfolder import atomic_open
-from sources import LOOSE_FILE, MAX_FILE_BYTES, open_regular
+from sources import LOOSE_FILE
+from survey import survey
 
 REASONS = ("kept", "unreadable", "small", "long", "dark", "bright", "flat", "blurred", "exact duplicate",
            "near duplicate", "feature duplicate", "leak", "ugly", "blocked", "not retrieved",
@@ -56,7 +66,12 @@ class Curation:
         for uri in filter(None, cfg.dedup.evaluation.split(";")):
             self.pieces += split_source(uri.strip(), cfg.ingest.piece)
         self.refuse_own_results(source)
-        names = [f"{index:06d}-{piece_key(piece)}.jsonl" for index, piece in enumerate(self.pieces)]
+        if isinstance(self.pieces[0], FileRange):
+            self.notes += survey(self.pieces[0].images, source).warnings
+        self.reading = measure_reading(self.pieces[0], Reading.from_config(cfg.ingest))
+        cfg.ingest.range = self.reading.range or "auto"
+        keys = [piece_key(piece, self.reading) for piece in self.pieces]
+        names = [f"{index:06d}-{key}.jsonl" for index, key in enumerate(keys)]
         self.row_files = [self.work / "ingest" / name for name in names]
         self.embedder = None  # set by embed(), with the two below
         self.embedded = None  # (m,) numbers of the images that have features

@@ -14,6 +14,7 @@ import html
 import io
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,17 @@ import config
 from config import UserError, parse_json
 from curation.manifest import SCORES, load_bytes
 from curation.quality import threshold
+from curation.settings import load
+from decode import BadImage, Reading, decode_image, open_regular
 from runfolder import atomic_write_text
-from sources import BadImage, decode_image, open_regular
 
 SHEET = 16  # images on a sheet
 SIDE = 112  # of a thumbnail, in pixels
 TILE = SIDE + 4
 SHOWN_CLUSTERS = 20
 SHOWN_OF_CLUSTER = 10  # images
+SHOWN_GROUPS = 5  # of duplicates, the largest ones
+SHOWN_OF_GROUP = 9  # images, besides the one that they resemble
 BINS = 60  # bars of a histogram
 BAR = 6  # pixels from one bar to the next
 HEIGHT = 100  # of a histogram, in pixels
@@ -47,7 +51,12 @@ def curation_report(out):
     """OUT/manifest.jsonl and OUT/funnel.json -> OUT/funnel.html."""
     with open_regular(out / "funnel.json") as file:
         facts = parse_json(file.read())
-    groups, scores = survey(out)
+    groups, scores, duplicates = survey(out)
+    largest = dict(duplicates.most_common(SHOWN_GROUPS))
+    partners, members = find_partners(out, groups, largest)
+    settings = load()
+    config.assign(settings, {f"ingest.{key}": value for key, value in facts["settings"]["ingest"].items()})
+    reading = Reading.from_config(settings.ingest)
     parts = ["<h1>The funnel</h1>", stage_table(facts["stages"])]
     parts += [f"<p>{escape(note)}</p>" for note in facts["notes"]]
     parts.append("<h2>Scores</h2><p>Of all readable images; the red line is the threshold.</p>")
@@ -55,12 +64,14 @@ def curation_report(out):
         if values:
             parts.append(histogram(name, values, facts["settings"]["quality"].get(CUTS.get(name))))
     parts.append("<h2>What was dropped, and why</h2>")
-    parts += reason_sheets(out, facts, groups)
+    parts += reason_sheets(facts, groups, partners, reading)
+    parts += group_sheets(largest, partners, members, reading)
     clusters = sorted(name for name in groups if isinstance(name, tuple))
     if clusters:
         parts.append("<h2>Clusters</h2><p>A line is a cluster of the finest level; evenly chosen ones.</p>")
         every = -(-len(clusters) // SHOWN_CLUSTERS)
-        parts.append(sheet([groups[name][:SHOWN_OF_CLUSTER] for name in clusters[::every]]))
+        lines = [groups[name][:SHOWN_OF_CLUSTER] for name in clusters[::every]]
+        parts.append(sheet(lines, reading))
     settings = json.dumps(facts["settings"], indent=1)
     parts.append(f"<h2>Settings</h2><pre>{escape(settings)}</pre>")
     head = f"<!doctype html><meta charset=utf-8><title>Funnel</title><style>{STYLE}</style>"
@@ -77,34 +88,45 @@ def read_manifest(out, name="manifest"):
 
 
 def survey(out):
-    """One pass over the manifest -> {group: its SHEET rows}, {score: [n values]}.
+    """One pass over the manifest -> {group: its SHEET rows}, {score: [n values]}, Counter of duplicates.
 
-    A group is a reason or a tuple ("cluster", number).
+    A group is a reason or a tuple ("cluster", number). The duplicates of an image are counted by its SHA-256.
     """
     groups = {}
+    duplicates = Counter()
     scores = {name: [] for name in HISTOGRAMS}
     for row in read_manifest(out):
         names = [row["why"]]
         if row["keep"] and row["cluster"] >= 0:
             names.append(("cluster", row["cluster"]))
         for name in names:
-            group = groups.setdefault(name, [])
-            group.append(row)
-            if len(group) > 20 * SHEET:  # sort seldom, and hold few
-                group[:] = choose(group)
+            add_row(groups.setdefault(name, []), row)
+        if "of" in row:
+            duplicates[row["of"]] += 1
         for name in HISTOGRAMS:
             if row.get(name) is not None:
                 scores[name].append(row[name])
-    return {name: choose(group) for name, group in groups.items()}, scores
+    return {name: choose(group) for name, group in groups.items()}, scores, duplicates
+
+
+def add_row(group, row):
+    """Append a row to a list of which only a sheet will be shown."""
+    group.append(row)
+    if len(group) > 20 * SHEET:  # sort seldom, and hold few
+        group[:] = choose(group)
 
 
 def choose(group):
     return sorted(group, key=lambda row: row.get("sha256", ""))[:SHEET]
 
 
-def find_partners(out, groups):
-    """-> {SHA-256: row} of the images that the duplicates and leaks on the sheets resemble."""
-    wanted = set()
+def find_partners(out, groups, largest):
+    """Another pass -> {SHA-256: row} of the images that the duplicates and leaks on the sheets resemble.
+
+    largest: the SHA-256 of others that are wanted. Also -> {each of these: its SHEET duplicates}
+    """
+    wanted = set(largest)
+    members = {sha: [] for sha in largest}
     for reason in PAIRED:
         wanted |= {row["of"] for row in groups.get(reason, ()) if "of" in row}
     partners = {}
@@ -113,7 +135,9 @@ def find_partners(out, groups):
             sha = row.get("sha256")
             if sha in wanted and (row["keep"] or sha not in partners):  # of equal ones, the one that stayed
                 partners[sha] = row
-    return partners
+            if row.get("of") in members:
+                add_row(members[row["of"]], row)
+    return partners, {sha: choose(group) for sha, group in members.items()}
 
 
 # ---------------------------------------------------------------- to HTML
@@ -169,9 +193,8 @@ def histogram(name, values, cut):
     return f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def reason_sheets(out, facts, groups):
+def reason_sheets(facts, groups, partners, reading):
     """A title and a sheet of examples for each reason, as pieces of HTML."""
-    partners = find_partners(out, groups)
     totals = facts["stages"][-1][2]
     parts = []
     for reason in [*facts["reasons"][1:], "kept"]:
@@ -187,28 +210,40 @@ def reason_sheets(out, facts, groups):
         lines = [group]
         if reason in PAIRED:
             lines.append([partners.get(row.get("of")) for row in group])
-        parts.append(f"<div>{sheet(lines)}</div>")
+        parts.append(f"<div>{sheet(lines, reading)}</div>")
     return parts
 
 
-def sheet(lines):
+def group_sheets(largest, partners, members, reading):
+    """The largest groups of duplicates, {SHA-256 of what they resemble: how many}, as pieces of HTML."""
+    if not largest:
+        return []
+    text = "Each begins with the image that the others resemble: the one that was kept, or one that leaked."
+    parts = [f"<h2>The largest groups of duplicates</h2><p>{text}</p>"]
+    for sha, count in largest.items():
+        picture = sheet([[partners.get(sha), *members[sha][:SHOWN_OF_GROUP]]], reading)
+        parts.append(f"<figure>{picture}<figcaption>{count + 1:,d} images</figcaption></figure>")
+    return parts
+
+
+def sheet(lines, reading=None):
     """Lists of rows (None: leave a gap) -> one picture, a line of thumbnails for each list, as an <img>."""
     longest = max(map(len, lines))
     page = Image.new("RGB", (longest * TILE, len(lines) * TILE), "white")
     for y, line in enumerate(lines):
         for x, row in enumerate(line):
             if row:
-                page.paste(thumbnail(row), (x * TILE, y * TILE))
+                page.paste(thumbnail(row, reading), (x * TILE, y * TILE))
     buffer = io.BytesIO()
     page.save(buffer, "JPEG", quality=80)
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def thumbnail(row):
+def thumbnail(row, reading=None):
     """A row of a manifest -> its picture on a square, which is grey if it cannot be read."""
     tile = Image.new("RGB", (SIDE, SIDE), "#ddd")
     try:
-        image = decode_image(load_bytes(row), "")
+        image = decode_image(load_bytes(row), "", reading=reading)
     except (BadImage, OSError):
         return tile
     image.thumbnail((SIDE, SIDE))

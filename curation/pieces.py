@@ -5,7 +5,6 @@ atomically and named by a hash of everything it depends on (`cache_key`). So a r
 where it stopped, and whatever changes is computed again.
 """
 
-import glob
 import hashlib
 import os
 from typing import NamedTuple
@@ -14,10 +13,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import UserError
+from decode import measure_range
 from distributed import all_reduce_ints, broadcast_object, rank, world_size
-from sources import LOOSE_FILE, Entry, ImageFiles, expand_braces, index_tar, open_source
+from sources import LOOSE_FILE, Entry, ImageFiles, index_tar, list_shards, open_source
 
-VERSION = 2  # of what the stages compute: raise it, and no old result is used again
+VERSION = 3  # of what the stages compute: raise it, and no old result is used again
 
 
 class FileRange(NamedTuple):
@@ -41,18 +41,6 @@ def split_source(uri, size):
         raise UserError(f"{uri} is no pile of files: write folder:, list: or tar: and a path")
     total = len(images) + len(images.dropped)
     return [FileRange(images, start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def list_shards(pattern):
-    """A folder, or a path with * or {000..010} -> its tar shards, in order."""
-    shards = []
-    for path in expand_braces(pattern):
-        wanted = f"{glob.escape(path)}/*.tar" if os.path.isdir(path) else path
-        found = [path] if os.path.isfile(path) else sorted(glob.glob(wanted))
-        if not found:
-            raise UserError(f"tar:{path} names no shard: give a folder, a pattern or {{000..010}}.tar")
-        shards += found
-    return shards
 
 
 def list_entries(piece):
@@ -102,9 +90,17 @@ def piece_files(piece):
     return list(dict.fromkeys(names))
 
 
-def piece_key(piece):
+def measure_reading(piece, reading):
+    """How the numbers of a source become colours, after its first piece: a decode.Reading with a range."""
+    if reading.range:
+        return reading
+    images = piece.images if isinstance(piece, FileRange) else ImageFiles(list_entries(piece)[0], reading)
+    return reading._replace(range=measure_range(images))
+
+
+def piece_key(piece, reading=None):
     content = list_entries(piece)[0] if isinstance(piece, FileRange) else piece
-    return cache_key(VERSION, content, files_key(*piece_files(piece)))
+    return cache_key(VERSION, content, files_key(*piece_files(piece)), reading)
 
 
 def run_jobs(job, numbers, workers):

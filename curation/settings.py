@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import config
-from config import Count, Pattern, Positive, Range, Share, UserError, Whole
+from config import Bands, BlackWhite, Count, Pattern, Positive, Range, Share, UserError, Whole
 
 Percentile = Annotated[str, Pattern(r"(100|\d{1,2}(\.\d+)?)%", "a percentile from 0% to 100%")]
 Cut = Annotated[float, Range(-1e15, 1e15, "a number")] | Percentile
@@ -25,6 +25,8 @@ class Settings:
     """All settings, as in `cfg.quality.min_side`: an instance of every section below."""
     class ingest:
         piece: Count = 1000  # files in one piece of work; a tar shard is one piece, whatever its size
+        range: BlackWhite = "auto"  # as data.range of a run; measured on the first piece
+        bands: Bands = "auto"  # as data.bands of a run
     class quality:
         min_side: Whole = 200  # pixels of the shorter side (DataComp)
         max_aspect: Positive = 3.0  # longer side over shorter (DataComp)
@@ -72,7 +74,7 @@ KINDS = config.kinds_of(Settings())
 def load(file=None, overrides=()):
     """-> Settings: the defaults, then a YAML file, then texts "section.key=value". Raises UserError."""
     settings = Settings()
-    config.assign(settings, config.read_values(Path(file) if file else None, *overrides))
+    config.assign(settings, config.read_values(KINDS, Path(file) if file else None, *overrides))
     if sorted(levels_of(settings), reverse=True) != levels_of(settings):
         raise UserError(f"balance.clusters {settings.balance.clusters} must name the largest number first")
     return settings

@@ -9,7 +9,7 @@ from curation.balance import hierarchical_sample, normalized_entropy, water_fill
 from curation.content import fit_linear, held_out_scores
 from curation.vectors import kmeans, nearest, unit_rows
 
-# ---------------------------------------------------------------- pairs and components
+# ---------------------------------------------------------------- pairs and representatives
 
 
 def flip_bits(rng, center, count):
@@ -40,11 +40,39 @@ def test_hamming_pairs_are_those_of_brute_force(radius):
     assert len(found) > 20 or radius == 0
 
 
-def test_components_are_the_same_in_any_order():
-    pairs = [(7, 3), (3, 5), (1, 2), (9, 7)]
-    expected = [0, 1, 1, 3, 4, 3, 6, 3, 8, 3]
-    assert dedup.connected_components(10, pairs).tolist() == expected
-    assert dedup.connected_components(10, pairs[::-1]).tolist() == expected
+def test_of_a_chain_every_second_is_kept():
+    """Each is like the next one only: 0 takes 1, which then takes nobody, so 2 is kept, and takes 3."""
+    chain = np.array([(1, 0), (1, 2), (3, 2), (3, 4)])
+    assert dedup.find_representatives(6, chain).tolist() == [0, 0, 2, 2, 4, 5]
+    assert dedup.find_representatives(6, chain[::-1]).tolist() == [0, 0, 2, 2, 4, 5]
+    assert dedup.find_representatives(3, chain[:0]).tolist() == [0, 1, 2]
+
+
+def test_evaluation_images_stay_whatever_they_resemble():
+    """0 and 1 are fixed and alike; 2 is like 1 only, and 3 like 2 only: it is no leak."""
+    pairs = np.array([(0, 1), (1, 2), (2, 3)])
+    assert dedup.find_representatives(4, pairs, num_fixed=2).tolist() == [0, 1, 1, 3]
+
+
+def test_what_goes_resembles_what_stays_and_nothing_that_stays_does():
+    rng = np.random.default_rng(8)
+    pairs = rng.integers(0, 300, (900, 2))
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    alike = np.zeros((300, 300), bool)
+    alike[tuple(pairs.T)] = True
+    alike |= alike.T
+    expected = np.arange(300)
+    kept = []
+    for image in range(300):  # the definition, one image at a time
+        similar = [other for other in kept if alike[image, other]]
+        if similar:
+            expected[image] = similar[0]
+        else:
+            kept.append(image)
+    assert 50 < len(kept) < 250
+    for _ in range(3):
+        assert np.array_equal(dedup.find_representatives(300, pairs), expected)
+        pairs = rng.permutation(pairs)
 
 
 # ---------------------------------------------------------------- vectors
@@ -140,6 +168,16 @@ def test_near_duplicates_of_features_are_found_and_others_are_not(monkeypatch):
     side[:] = True
     roots = dedup.near_duplicate_groups(both, side, 2.0, 0.97)
     assert (roots == numbers).all()
+
+
+def test_features_of_a_slow_camera_do_not_merge():
+    """Directions on a quarter of a circle, 0.5 degrees apart: 5 degrees mean every 10th or 11th."""
+    angles = np.radians(np.arange(0, 90, 0.5))
+    x = unit_rows(torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)], 1)))
+    roots = dedup.near_duplicate_groups(x, np.zeros(len(x), bool), np.cos(np.radians(5)), 2.0)
+    kept = np.unique(roots)
+    assert set(np.diff(kept)) <= {10, 11}
+    assert (np.arange(len(x)) - roots < 11).all()
 
 
 # ---------------------------------------------------------------- quotas

@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given, strategies
 from hypothesis import settings as hypothesis_settings
-from PIL import Image, ImageFilter
+from PIL import ExifTags, Image, ImageFilter
 
 import config
 from config import UserError
@@ -31,9 +31,10 @@ from curation.quality import threshold
 from curation.settings import levels_of, load
 from curation.vectors import unit_rows
 from curation.write import write
+from decode import BadImage, Reading, decode_image
 from model import VisionTransformer
 from scenes import render
-from sources import BadImage, Entry, decode_image, open_source
+from sources import Entry, open_source
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "curation", "run"]
@@ -190,7 +191,9 @@ def test_the_funnel_shows_each_reason_and_nothing_from_outside(pile, done):
     for reason in shown:
         assert f"<h3>{reason}</h3>" in page
     num_sheets = len(shown) - 1  # unreadable ones are listed
-    assert page.count("data:image/jpeg;base64,") == num_sheets
+    num_groups = page.count(" images</figcaption>")
+    assert num_groups == 5
+    assert page.count("data:image/jpeg;base64,") == num_sheets + num_groups
     assert "404" in page and "<svg" in page
     for outside in ("http://", "https://", 'src="/', "<script"):
         assert outside not in page
@@ -228,6 +231,58 @@ def test_shards_give_the_same_as_files(pile, done, tmp_path):
     assert why.pop("00002.tar") == "unreadable"
     assert why == {Path(name).stem: reason for name, reason in pile[1].items()}
     assert len(open_source(f"list:{tmp_path}/out/manifest.jsonl")) == 22
+
+
+# ---------------------------------------------------------------- films
+
+
+def film(folder, num_frames, step):
+    """Frames of a camera that looks at 160 of many pixels of a picture, each `step` pixels further."""
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    coarse = rng.integers(0, 256, (5, 16, 3), dtype=np.uint8)
+    picture = np.asarray(Image.fromarray(coarse).resize((512, 160), Image.BICUBIC), float)
+    for i in range(num_frames):
+        frame = picture[:, step * i : step * i + 160] + rng.normal(0, 3, (160, 160, 3))
+        image = Image.fromarray(frame.clip(0, 255).astype(np.uint8))
+        (folder / f"{i:03d}.jpg").write_bytes(jpeg(image, 88))
+
+
+def bits_apart(one, other):
+    """How many bits differ in pHash and in dHash of two rows, the smaller number first."""
+    return sorted((int(one[name], 16) ^ int(other[name], 16)).bit_count() for name in ("phash", "dhash"))
+
+
+ANY_QUALITY = ["quality.min_side=1", "quality.min_sharpness=-1", "quality.min_entropy=-1"]
+
+
+def test_of_a_slow_pan_every_nth_frame_is_kept(tmp_path):
+    """Neighbours are near duplicates all along, and the two ends show nothing in common."""
+    film(tmp_path / "pile", 160, 2)
+    run(f"folder:{tmp_path}/pile", tmp_path / "out", ANY_QUALITY)
+    rows = manifest(tmp_path / "out")
+    kept = [i for i, row in enumerate(rows) if row["keep"]]
+    assert 12 <= len(kept) <= 60
+    assert max(np.diff(kept)) <= 16
+    stayed = {rows[i]["sha256"]: rows[i] for i in kept}
+    for row in rows:
+        if not row["keep"]:
+            near, other = bits_apart(row, stayed[row["of"]])
+            assert row["why"] == "near duplicate" and near <= 6 and other <= 10
+    for i, row in enumerate(stayed.values()):
+        for earlier in list(stayed.values())[:i]:
+            near, other = bits_apart(row, earlier)
+            assert near > 6 or other > 10
+
+
+def test_of_a_still_camera_one_frame_is_kept_and_the_group_is_told(tmp_path):
+    film(tmp_path / "pile", 20, 0)
+    done = run(f"folder:{tmp_path}/pile", tmp_path / "out", ANY_QUALITY)
+    kept = [row for row in manifest(tmp_path / "out") if row["keep"]]
+    assert [row["bytes"] for row in kept] == [done.bytes.max()]
+    assert "groups of duplicates by hashes: 1; the largest hold 20 images" in done.notes
+    shown = (tmp_path / "out" / "funnel.html").read_text()
+    assert "largest groups of duplicates" in shown and "<figcaption>20 images</figcaption>" in shown
 
 
 # ---------------------------------------------------------------- labels
@@ -438,11 +493,11 @@ def test_samples_of_a_list_without_an_image_have_their_row(tmp_path):
 @pytest.mark.parametrize("kind", [1, 2, 7], ids=["byte", "text", "bytes"])
 def test_an_orientation_of_any_type_is_read(kind):
     exif = Image.Exif()
-    exif[ingest.EXIF_ORIENTATION] = 1
+    exif[ExifTags.Base.Orientation] = 1
     data = jpeg(Image.new("RGB", (40, 20)), exif=exif)
-    entry = struct.pack(">HHI", ingest.EXIF_ORIENTATION, 3, 1)  # tag, type and number of values
+    entry = struct.pack(">HHI", ExifTags.Base.Orientation, 3, 1)  # tag, type and number of values
     if entry not in data:
-        entry = struct.pack("<HHI", ingest.EXIF_ORIENTATION, 3, 1)
+        entry = struct.pack("<HHI", ExifTags.Base.Orientation, 3, 1)
     assert data.count(entry) == 1
     data = data.replace(entry, entry.replace(b"\3", bytes([kind])))
     assert decode_image(data, "x", ingest.measure)["width"] == 40
@@ -469,7 +524,7 @@ def test_results_are_no_source(tmp_path):
 
 def test_a_sideways_photo_is_measured_upright(images):
     exif = Image.Exif()
-    exif[ingest.EXIF_ORIENTATION] = 6
+    exif[ExifTags.Base.Orientation] = 6
     tall = images[0].crop((0, 0, 160, 224))
     lying = decode_image(jpeg(tall.transpose(Image.ROTATE_90), exif=exif), "x", ingest.measure)
     upright = decode_image(jpeg(tall), "x", ingest.measure)
@@ -477,17 +532,52 @@ def test_a_sideways_photo_is_measured_upright(images):
     assert (int(lying["phash"], 16) ^ int(upright["phash"], 16)).bit_count() <= 4
 
 
+def test_every_orientation_is_that_of_the_decoder(images):
+    """A JPEG lies as it was stored; a TIFF is turned by Pillow as it is loaded, so not twice."""
+    tall = images[0].crop((0, 0, 160, 224))
+    for value in range(1, 9):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = value
+        for image_format in ("JPEG", "PNG", "TIFF"):
+            buffer = io.BytesIO()
+            tall.save(buffer, image_format, exif=exif)
+            data = buffer.getvalue()
+            row = decode_image(data, "x", ingest.measure)
+            upright = decode_image(data, "x")
+            assert (row["width"], row["height"]) == upright.size
+            expected = decode_image(png(upright), "x", ingest.measure)
+            assert (int(row["phash"], 16) ^ int(expected["phash"], 16)).bit_count() <= 4
+
+
+def test_broken_exif_never_decides_over_pixels(tmp_path):
+    """An EXIF segment that ends after 4 bytes, and one with a byte order that does not exist."""
+    broken = {7: b"Exif\0\0MM\0*", 8: b"Exif\0\0XX\0*\0\0\0\x08"}
+    (tmp_path / "pile").mkdir()
+    plain = {}
+    for i in range(30):
+        pixels = np.random.default_rng(i).integers(0, 256, (48, 32, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        (tmp_path / "pile" / f"{i:02d}.jpg").write_bytes(jpeg(image, exif=broken.get(i, b"")))
+        plain[i] = decode_image(jpeg(image), "x", ingest.measure)
+    run(f"folder:{tmp_path}/pile", tmp_path / "out", ANY_IMAGE)
+    rows = manifest(tmp_path / "out")
+    assert [row["why"] for row in rows] == ["kept"] * 30
+    for i in broken:
+        assert rows[i]["phash"] == plain[i]["phash"]
+        assert (rows[i]["width"], rows[i]["height"]) == (32, 48)
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "I;16", "1"])
 def test_every_mode_is_measured(images, mode):
     image = images[0].convert("L").convert("I") if mode == "I;16" else images[0]
     buffer = io.BytesIO()
     image.convert(mode).save(buffer, "JPEG" if mode == "CMYK" else "PNG")
-    row = decode_image(buffer.getvalue(), "x", ingest.measure)
+    row = decode_image(buffer.getvalue(), "x", ingest.measure, Reading(range=(0, 255)))
     assert row["width"] == 224 and row["entropy"] > 0.5
 
 
 def test_what_is_far_too_large_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("sources.MAX_PIXELS", 10_000)
+    monkeypatch.setattr("decode.MAX_PIXELS", 10_000)
     file = tmp_path / "bomb.png"
     file.write_bytes(png(Image.new("L", (101, 100))))
     row = ingest.examine(Entry(str(file)))
@@ -746,12 +836,32 @@ def test_embeddings_made_elsewhere(colours, tmp_path):
     for file in ("x.npy", "x.npz"):
         done = run(source, tmp_path / file[-3:], [f"features.embeddings={tmp_path}/{file}"])
         assert np.allclose(done.features, x, atol=1e-3)
-    broken = x.copy()
-    broken[3] = np.nan
-    for words, rows in (("no row for", x[1:]), ("not finite", broken), ("must hold rows", x[0, 0])):
+    for words, rows in (("no row for", x[1:]), ("must hold rows", x[0, 0])):
         np.savez(tmp_path / "x.npz", cls=rows, paths=names[-len(np.atleast_1d(rows)) :])
         with pytest.raises(UserError, match=words):
             run(source, tmp_path / "z", [f"features.embeddings={tmp_path}/x.npz"])
+
+
+@pytest.mark.parametrize("value, words", [(np.nan, "nan"), (np.inf, "inf"), (0, "0"), (1e-13, "4e-13")])
+def test_an_embedding_without_direction_names_its_image(tmp_path, value, words):
+    (tmp_path / "pile").mkdir()
+    for i in range(12):
+        (tmp_path / "pile" / f"{i:02d}.png").write_bytes(noise(i))
+    (tmp_path / "pile" / "03.png").write_bytes(b"no image")  # so nobody needs its features
+    source = f"folder:{tmp_path}/pile"
+    names = [open_source(source).name(i) for i in range(12)]
+    x = np.random.default_rng(0).normal(size=(12, 16))
+    x[3] = np.nan
+    np.save(tmp_path / "good.npy", np.float16(x))
+    done = run(source, tmp_path / "good", [*ANY_IMAGE, f"features.embeddings={tmp_path}/good.npy"])
+    assert done.features.shape == (11, 16)
+    x[7] = value
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "x.npz", cls=x[::-1], paths=names[::-1])
+    for file, row in (("x.npy", 7), ("x.npz", 4)):
+        expected = f"{file} row {row}, of {names[7]}, has length {words}, .* embed this image again"
+        with pytest.raises(UserError, match=expected):
+            run(source, tmp_path / file[-3:], [*ANY_IMAGE, f"features.embeddings={tmp_path}/{file}"])
 
 
 def test_embeddings_of_a_shard_are_found_by_its_members(colours, tmp_path):
@@ -824,9 +934,10 @@ def test_embeddings_of_another_pile_are_refused(colours, tmp_path):
     source = f"folder:{colours}/seeds"
     names = [open_source(source).name(i) for i in range(2)]
     np.save(tmp_path / "x.npy", np.eye(3))
-    with pytest.raises(UserError, match="3 rows for 2 images"):
+    with pytest.raises(UserError, match="3 rows for 2 images: give each image .* a row, or take an .npz"):
         run(source, tmp_path / "out", [f"features.embeddings={tmp_path}/x.npy"])
-    for words, paths in (("each path once", names), ("each path once", [*names, names[0]]),
+    for words, paths in (("3 rows for 2 paths, 2 different", names),
+                         ("3 rows for 3 paths, 2 different", [*names, names[0]]),
                          ("must hold rows", [1, 2, 3])):  # fmt: skip
         np.savez(tmp_path / "x.npz", cls=np.eye(3), paths=paths)
         with pytest.raises(UserError, match=words):
