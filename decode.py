@@ -142,7 +142,7 @@ def open_with_pillow(file, bands):
     elif image.format == "PNG" and image.tile and image.tile[0].args in ("RGB;16B", "RGBA;16B"):
         numbers = deep_png(file, image)
     elif bands:
-        numbers = np.asarray(upright(image))
+        numbers = np.asarray(upright(image if image.mode in ("L", "LA", "RGB", "RGBA") else to_rgb(image)))
         numbers = numbers if numbers.ndim == 3 else numbers[..., None]
     return image if numbers is None else choose_bands(numbers, bands)
 
@@ -308,7 +308,7 @@ def to_8_bits(numbers, limits):
     return Image.fromarray(np.broadcast_to(numbers, (*numbers.shape[:2], 3)).copy())
 
 
-def measure_range(dataset, bands=None):
+def measure_range(dataset):
     """The range of a data set of image files, (black, white); None if its files have 8 bits.
 
     Two percentiles over a sample, with some headroom: about what a camera's exposure leaves free.
@@ -320,24 +320,33 @@ def measure_range(dataset, bands=None):
                 somewhere = np.random.default_rng(0).integers(0, picture.size, SAMPLE_NUMBERS)
                 numbers = picture.reshape(-1)[somewhere].astype(np.float64)
                 sample.append(numbers[np.isfinite(numbers)])
-    if not sample:
+    if not any(map(len, sample)):
         return None
     low, high = np.percentile(np.concatenate(sample), PERCENTILES)
     margin = HEADROOM * (high - low) or 1
     return float(f"{low - margin:.6g}"), float(f"{high + margin:.6g}")
 
 
-def find_turn(image):
-    """Loads an image -> the Transpose that makes it upright, or None; also None if its EXIF block is damaged.
+def read_orientation(image):
+    """The EXIF orientation of Pillow's image, 1 to 8; 1, as it is, also if that block is damaged.
 
-    Metadata never decides over pixels. Pillow turns a TIFF itself when it loads it, and then forgets the
-    orientation: so it is asked after that. (verify() would pass half a JPEG; loading it does not.)
+    Metadata never decides over pixels.
+    """
+    try:
+        number = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # the parser raises almost anything: struct.error, SyntaxError, TypeError
+        return 1
+    return number if number in range(1, 9) else 1
+
+
+def find_turn(image):
+    """Loads an image -> the Transpose that makes it upright, or None.
+
+    Pillow turns a TIFF itself when it loads it, and then forgets the orientation: so it is asked after that.
+    (verify() would pass half a JPEG; loading it does not.)
     """
     image.load()
-    try:
-        return TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # the parser raises almost anything: struct.error, SyntaxError, TypeError
-        return None
+    return TRANSPOSE.get(read_orientation(image))
 
 
 def upright(image):

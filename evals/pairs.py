@@ -20,11 +20,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from config import UserError
-from decode import EXTENSIONS, MAX_PIXELS, PILLOW_FORMATS, BadImage, Reading, decode_image, open_regular
+from decode import (
+    EXTENSIONS,
+    MAX_PIXELS,
+    PILLOW_FORMATS,
+    BadImage,
+    Reading,
+    decode_image,
+    open_regular,
+    read_orientation,
+    upright,
+)
 from features import load_image
 from sources import open_source
 
@@ -68,8 +78,7 @@ def read_pixels(file):
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
         if image.format == "JPEG":
             raise ValueError("it is a JPEG, whose values are not exact at edges: save it as PNG")
-        ImageOps.exif_transpose(image, in_place=True)
-        pixels = np.asarray(image)
+        pixels = np.asarray(upright(image))
         if image.mode not in ("LA", "RGBA"):
             return pixels
     if (pixels[..., -1] < 255).any():
@@ -176,9 +185,7 @@ def relative_stem(path, folder):
 
 def image_frame(image):
     """An open image -> its EXIF orientation, 1 to 8, and its size (width, height) when it is upright."""
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    if orientation not in range(1, 9):
-        return 1, image.size
+    orientation = read_orientation(image)
     return orientation, image.size[::-1] if orientation >= 5 else image.size
 
 
@@ -273,7 +280,7 @@ class Pairs:
     def frame(self, i):
         """The EXIF orientation of image i and its size when it is upright. Raises BadImage."""
         name = self.images.name(i)
-        return decode_image(name, name, image_frame)
+        return decode_image(name, name, image_frame, self.images.reading)
 
     def __getitem__(self, i):
         if i in self.bad:

@@ -212,6 +212,13 @@ def test_true_opacity_is_still_opacity(tmp_path):
     assert (image[SCENE > 0.3] == RGB8[SCENE > 0.3]).all()
 
 
+def test_bands_of_a_palette_are_its_colours(tmp_path):
+    photo = Image.fromarray(RGB8).quantize(16)
+    photo.save(tmp_path / "a.png")
+    image, _ = open_source(f"folder:{tmp_path}", Reading(bands=(3, 2, 1)))[0]
+    assert (np.asarray(image) == np.asarray(photo.convert("RGB"))[..., ::-1]).all()
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_a_damaged_exif_block_costs_nothing():
     photo = Image.fromarray(RGB8)
