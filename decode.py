@@ -13,6 +13,7 @@ import importlib
 import io
 import math
 import os
+import re
 import stat
 import struct
 from contextlib import contextmanager, suppress
@@ -34,6 +35,7 @@ PHONE_FORMATS = {
     ".avif": ("AVIF", "PIL._avif", "Pillow 11.3 or newer"),
     ".jxl": ("JXL", "pillow_jxl", "pillow-jxl-plugin"),
 }
+PHONE_MARKS = {".heic": rb"....ftyp(he|mif1)", ".avif": rb"....ftypav", ".jxl": rb"\xff\x0a|....JXL "}
 MAX_PIXELS = 64_000_000  # 192 MB as RGB; Pillow merely warns at 144 million
 MAX_FILE_BYTES = 1 << 29  # of an image: the limit of pixels at 8 bytes each
 SAMPLE = 64  # images of a data set that are looked at, evenly spread, to measure its range
@@ -119,14 +121,13 @@ def open_picture(source, name, bands=None):
     except UnidentifiedImageError as error:
         raise BadImage(name, describe_unknown(head)) from error
     except DECODING_ERRORS as error:
-        raise BadImage(name, repr(error)) from error
+        raise BadImage(name, str(error) if type(error) is ValueError else repr(error)) from error
 
 
 def describe_unknown(head):
     """What the first 12 bytes of a file that Pillow does not know tell about it."""
-    brand = head[4:12]
-    for extension, start in ((".heic", b"ftyphe"), (".heic", b"ftypmif1"), (".avif", b"ftypav")):
-        if brand.startswith(start) and PHONE_FORMATS[extension][0] not in PILLOW_FORMATS:
+    for extension, mark in PHONE_MARKS.items():
+        if re.match(mark, head, re.DOTALL) and PHONE_FORMATS[extension][0] not in PILLOW_FORMATS:
             package = PHONE_FORMATS[extension][2]
             return f"a file of {extension[1:].upper()}, which needs an extra: pip install {package}"
     return f"no known format: {head}"

@@ -118,13 +118,12 @@ def recall_per_class(predicted, labels, classes):
     return found / count, count
 
 
-def print_recall(bank, queries, names, k=20):
+def print_recall(predicted, labels, names):
     """Recall of each class and their mean, if the classes are uneven: accuracy alone would hide a rare one.
 
-    bank, queries: (features, labels). Classes without queries are named, and not averaged.
+    predicted, labels (m,). Classes without queries are named, and not averaged.
     """
-    predicted, _, _ = knn_predict(*bank, queries[0], k)
-    recall, count = recall_per_class(predicted, queries[1], len(names))
+    recall, count = recall_per_class(predicted, labels, len(names))
     present = count > 0
     absent = [name for name, there in zip(names, present.tolist()) if not there]
     if absent:
@@ -132,7 +131,7 @@ def print_recall(bank, queries, names, k=20):
     if count.max() <= 2 * count[present].min():
         return
     balanced = recall[present].mean().item()
-    print(f"balanced accuracy {balanced:.3f} at k = {k}: the mean recall of the classes, which are uneven")
+    print(f"balanced accuracy {balanced:.3f}, the mean recall of the classes, which are uneven:")
     worst = recall[present].argsort()[:20]
     for label in present.nonzero()[:, 0][worst].tolist():
         print(f"  {names[label]:20s}  {recall[label]:.3f} of {count[label]}")
@@ -491,7 +490,8 @@ def main():
     for name, row in rows.items():
         print(f"{name:22s}" + "".join(f"  {accuracy:<7.3f}" for accuracy in row.values()))
     print(f"{'chance':22s}  {majority_accuracy(pixel_features(queries, 1)[1]):.3f}")
-    print_recall(known, unknown, bank.dataset.classes)
+    predicted, _, _ = knn_predict(*known, unknown[0], k=20)
+    print_recall(predicted, unknown[1], bank.dataset.classes)
     for image in [*bank.bad.values(), *queries.bad.values()]:
         print("skipped", image)
 

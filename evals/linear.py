@@ -40,6 +40,7 @@ from eval_knn import (
     majority_accuracy,
     open_eval_sets,
     open_labelled,
+    print_recall,
 )
 from evals.extract import job_fingerprint
 from features import EvalImages, iterate_batches, load_image, read_tensors, untrained_copy
@@ -258,7 +259,8 @@ def select_probe(probes, slices, features, labels):
 def fit_and_test(backbone, bank, queries, file, iterations, batch_size, augment=False, num_workers=0, k=20):
     """Train the grid on nine tenths of the bank, choose on the rest, test on the queries.
 
-    -> dict of `head` (weight, bias), `input`, `rate`, and the accuracies `chance`, `linear`, `knn`.
+    -> dict of `head` (weight, bias), `answers` (predicted classes, labels), `input`, `rate`, and the
+    accuracies `chance`, `linear`, `knn`.
     """
     features, labels, numbers = labelled_features(backbone, bank, num_workers=num_workers)
     test_features, test_labels, _ = labelled_features(backbone, queries, num_workers=num_workers)
@@ -287,8 +289,10 @@ def fit_and_test(backbone, bank, queries, file, iterations, batch_size, augment=
     weight, bias = (x[number] for x in probes[best])
     columns = slices[best]
     cls = slices["1 block, CLS"]
+    predicted = (test_features[:, columns] @ weight.T + bias).argmax(-1)
     return dict(
         head=dict(weight=weight, bias=bias),
+        answers=(predicted, test_labels),
         input=best,
         rate=LEARNING_RATES[number],
         chance=majority_accuracy(test_labels),
@@ -404,6 +408,7 @@ def compare_with_untrained(args, backbone, cfg, out):
                    num_workers=cfg.train.num_workers, k=cfg.evaluation.knn_k)  # fmt: skip
     result = fit_and_test(backbone, bank, queries, out / "grid.pth", **options)
     head = result.pop("head")
+    answers = result.pop("answers")
     about = dict(weights=args.weights, backbone=backbone_fingerprint(backbone),
                  pixels=[bank.size, bank.resize], classes=bank.dataset.classes,
                  train=cfg.evaluation.train_path)  # fmt: skip
@@ -418,7 +423,9 @@ def compare_with_untrained(args, backbone, cfg, out):
     print(f"\n{'top-1 accuracy':22s}  linear  k-NN (k = {options['k']})")
     for name, row in rows.items():
         print(f"{name:22s}  {row['linear']:.3f}   {row['knn']:.3f}")
-    print(f"{'chance':22s}  {result['chance']:.3f}\nwrote {out}/head.pth")
+    print(f"{'chance':22s}  {result['chance']:.3f}")
+    print_recall(*answers, bank.dataset.classes)
+    print(f"wrote {out}/head.pth")
     for reason in [*bank.bad.values(), *queries.bad.values()]:
         print("left out:", reason)
     for half_trained in ("grid.pth", "grid_random.pth"):

@@ -37,6 +37,7 @@ from decode import (
 )
 from features import load_image
 from sources import open_source
+from survey import print_warnings
 
 COLOR = 1 << 32  # added to 0xRRGGBB, so that no colour is mistaken for a number in a mask
 BINARY = ({0, 255}, {0, 65535})  # black and white, in 8 and 16 bits
@@ -244,6 +245,7 @@ class Pairs:
             images_dir, truth_dir = map(os.path.expanduser, folders)
             self.images = open_source(f"folder:{images_dir}", reading_of(settings))
             settings.range = list(self.images.reading.range or ())  # one for all pairs
+            print_warnings(self.images, uri)
             self.truth_files = match_truth_files(self.images, images_dir, truth_dir)
         else:
             raise UserError(f"{uri} has no masks or depth: write scenes:600 or pairs:IMAGES_DIR:MASKS_DIR")

@@ -231,6 +231,7 @@ def test_a_damaged_exif_block_costs_nothing():
 
 def test_formats_of_phones_are_named():
     assert "pip install pillow-heif" in describe_unknown(b"\0\0\0\x18ftypheic")
+    assert "JXL, which needs an extra: pip install pillow-jxl" in describe_unknown(b"\xff\x0aW\x06\0\x13")
     assert "no known format" in describe_unknown(b"hello, world")
 
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -253,17 +254,14 @@ def test_numbers_out_of_range_are_one_sentence(monkeypatch, capsys, argument):
 
 def test_a_rare_class_is_not_hidden(capsys):
     """190 of the common class found, none of the rare one: accuracy 0.95, balanced accuracy 0.5."""
-    bank = torch.eye(3)[[0] * 30 + [1] * 20]
-    bank_labels = torch.tensor([0] * 30 + [1] * 20)
-    queries = torch.eye(3)[[0] * 200]
+    predicted = torch.zeros(200, dtype=torch.long)
     labels = torch.tensor([0] * 190 + [1] * 10)
-    eval_knn.print_recall((bank, bank_labels), (queries, labels), ["normal", "tumour", "cyst"])
+    eval_knn.print_recall(predicted, labels, ["normal", "tumour", "cyst"])
     said = capsys.readouterr().out
     assert "no query is of class cyst\n" in said
     assert "balanced accuracy 0.500" in said
     assert re.search(r"tumour +0.000 of 10\n  normal +1.000 of 190", said)
-    even = (queries[:20], torch.tensor([0] * 10 + [1] * 10))
-    eval_knn.print_recall((bank, bank_labels), even, ["normal", "tumour"])
+    eval_knn.print_recall(predicted[:20], labels[-20:] * 0 + torch.arange(20) % 2, ["normal", "tumour"])
     assert "balanced" not in capsys.readouterr().out
 
 
@@ -287,3 +285,49 @@ def test_right_in_so_many_cases_is_per_class():
     assert eval_knn.hit_rate(share, right, 0.97) == (pytest.approx(0.98), 100)
     assert eval_knn.hit_rate(share[98:], right[98:], 0.97) == (0, 2)
     assert eval_knn.hit_rate(share[:0], right[:0], 0.97)[1] == 0
+
+
+# ---------------------------------------------------------------- whole images, and sensors' numbers
+
+
+def write_long_classes(folder, seed):
+    """120 x 12 pixels; only the two ends tell the four classes apart."""
+    rng = np.random.default_rng(seed)
+    for label in range(4):
+        (folder / str(label)).mkdir(parents=True)
+        for k in range(12):
+            pixels = np.full((12, 120, 3), 110.0) + rng.normal(0, 6, (12, 120, 3))
+            pixels[:, :24, 2 * (label & 1)] += 90
+            pixels[:, -24:, 1 - (label >> 1)] += 90
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / str(label) / f"{k}.png")
+    return f"folder:{folder}"
+
+
+def test_the_ends_of_long_images_are_seen_if_asked_for(tmp_path, capsys):
+    train = write_long_classes(tmp_path / "train", 0)
+    test = write_long_classes(tmp_path / "test", 1)
+    sizes = ["evaluation.image_size=32", "evaluation.resize_size=32"]
+    found = {}
+    for fit in ("crop", "resize", "pad"):
+        bank, queries = eval_sets(train, test, *sizes, f"evaluation.fit={fit}")
+        found[fit] = max(eval_knn.knn_pixels(bank, queries, ks=(5,)).values())
+        assert ("leaves out more than a third" in capsys.readouterr().err) == (fit == "crop")
+    assert found["crop"] < 0.5
+    assert found["resize"] == 1
+    assert found["pad"] > 0.9
+
+
+def test_one_range_for_bank_and_queries(tmp_path):
+    for name, gain in (("train", 4095), ("test", 2000)):
+        for label in range(2):
+            (tmp_path / name / str(label)).mkdir(parents=True)
+            for k in range(4):
+                numbers = np.random.default_rng(k).random((32, 32)) * gain / (label + 1)
+                Image.fromarray(numbers.astype(np.uint16)).save(tmp_path / name / str(label) / f"{k}.png")
+    cfg = config.load(model="debug", overrides=[f"evaluation.train_path=folder:{tmp_path}/train",
+                                                f"evaluation.test_path=folder:{tmp_path}/test"])  # fmt: skip
+    bank, queries = open_eval_sets(cfg)
+    assert bank.dataset.reading.range == queries.dataset.reading.range == cfg.data.range
+    assert queries[0][0].float().mean() < 0.7 * bank[0][0].float().mean()
+    again = config.load(overrides=[f"data.range={list(cfg.data.range)}"])
+    assert again.data.range == cfg.data.range  # as a run's config.yaml has it

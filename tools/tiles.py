@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 import config
@@ -64,6 +65,7 @@ def parse_args():
 def main():
     args = parse_args()
     decode.MAX_PIXELS = MAX_PIXELS
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     decode.MAX_FILE_BYTES = MAX_BYTES
     images = open_images(args.images)
     out = Path(args.out)

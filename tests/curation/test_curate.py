@@ -1188,3 +1188,24 @@ def test_one_run_at_a_time(pile, tmp_path, monkeypatch):
         other.kill()
     main()
     assert (tmp_path / "manifest.jsonl").exists()
+
+
+def test_a_pile_of_sensors_numbers_has_one_range(tmp_path):
+    """Measured once, told in the settings of the funnel; what is read is measured by it."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "pile").mkdir()
+    for k in range(8):
+        numbers = np.kron(rng.integers(0, 2000, (16, 16)), np.ones((16, 16))) + 1000
+        Image.fromarray(numbers.astype(np.uint16)).save(tmp_path / "pile" / f"{k}.png")
+    state = curate(f"folder:{tmp_path}/pile", tmp_path / "out", load(None, ["quality.min_side=0"]), "write")
+    low, high = state.reading.range
+    assert 0 < low < 1000 and 3000 < high < 4000
+    rows = [row for index in range(len(state.pieces)) for row in state.read_rows(index)]
+    assert [row.get("why") for row in rows] == [None] * 8
+    assert all(row["entropy"] > 5 for row in rows)
+    settings = json.loads((tmp_path / "out" / "funnel.json").read_text())["settings"]
+    assert settings["ingest"]["range"] == [low, high]
+    page.curation_report(tmp_path / "out")
+    wide = load(None, ["ingest.range=[0, 1000000]", "quality.min_side=0"])
+    with pytest.raises(UserError, match="'dark': 8"):  # black, as it was told
+        curate(f"folder:{tmp_path}/pile", tmp_path / "dark", wide, "quality")

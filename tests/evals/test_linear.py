@@ -482,6 +482,8 @@ def test_the_probe_is_chosen_on_held_out_training_images(tmp_path, monkeypatch):
     assert result["rate"] in LEARNING_RATES
     again = fit_and_test(backbone, bank, queries, tmp_path / "g.pth", 40, 16)
     assert again.pop("head")["weight"].equal(result.pop("head")["weight"])
+    for found, known in zip(again.pop("answers"), result.pop("answers")):
+        assert found.equal(known)
     assert again == result
     for other, iterations in ((tiny(seed=1), 40), (backbone, 41)):
         with pytest.raises(UserError, match="delete it"):

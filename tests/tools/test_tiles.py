@@ -24,6 +24,7 @@ def slide(path, width=130, height=100):
 def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decode, "MAX_PIXELS", 10_000)  # what all other scripts accept
     monkeypatch.setattr(decode, "MAX_FILE_BYTES", decode.MAX_FILE_BYTES)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
 
     def call(*words):
         monkeypatch.setattr(
