@@ -42,6 +42,7 @@ SAMPLE = 64  # images of a data set that are looked at, evenly spread, to measur
 SAMPLE_NUMBERS = 4096  # of each
 DECODING_ERRORS = (OSError, ValueError, SyntaxError, MemoryError, struct.error, Image.DecompressionBombError)
 PERCENTILES = (0.1, 99.9)  # of these numbers: single hot or dead pixels do not count
+LARGEST = 1e15  # what is beyond is no measurement: "no data" is often written as -3.4e38
 HEADROOM = 0.15  # of the span between them, left free at both ends: the sample does not hold the extremes
 
 
@@ -78,8 +79,12 @@ def add_phone_formats():
         EXTENSIONS.append(extension)
 
 
-def open_regular(path, limit=MAX_FILE_BYTES):
-    """A file, opened for bytes. OSError unless it is a regular file (no pipe, no device) within the limit."""
+def open_regular(path, limit=None):
+    """A file, opened for bytes. OSError unless it is a regular file (no pipe, no device) within the limit.
+
+    limit: in bytes; None: that of an image.
+    """
+    limit = MAX_FILE_BYTES if limit is None else limit
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError("it is no regular file")
@@ -116,7 +121,10 @@ def open_picture(source, name, bands=None):
             head = file.read(12)
             numbers = None
             if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-                numbers = read_tiff(file, bands)
+                try:
+                    numbers = read_tiff(file, bands)
+                except (TypeError, LookupError, AttributeError) as error:
+                    raise ValueError(f"its tags are damaged: {error!r}") from error
             yield open_with_pillow(file, bands) if numbers is None else numbers
     except UnidentifiedImageError as error:
         raise BadImage(name, describe_unknown(head)) from error
@@ -187,8 +195,8 @@ def read_tiff(file, bands):
     kind += str(tags.get(tiff.BITSPERSAMPLE, (1,))[0])
     extra = tags.get(tiff.EXTRASAMPLES, "none")
     found = f"{samples} samples of {kind}, PhotometricInterpretation {photometric}, ExtraSamples {extra}"
-    if is_ordinary(tags, samples, photometric, kind) and not bands:
-        if tiff.EXTRASAMPLES in tags:
+    if is_ordinary(tags, samples, photometric, kind):
+        if tiff.EXTRASAMPLES in tags and not bands:
             check_opacity(file, samples)
         return None
     if photometric == RGB and not bands:
@@ -295,10 +303,10 @@ def choose_bands(numbers, bands):
 def to_8_bits(numbers, limits):
     """(H, W, 1 or 3) numbers -> PIL RGB: `limits` become black and white; bytes stay as they are.
 
-    NaN becomes black. Raises ValueError if half of them are no numbers, or without limits.
+    NaN and "no data" become black. Raises ValueError if half of them are no numbers, or without limits.
     """
     if numbers.dtype != np.uint8:
-        finite = np.isfinite(numbers)
+        finite = np.abs(numbers.astype(np.float64)) <= LARGEST  # NaN is not, either
         if finite.mean() < 0.5:
             raise ValueError("most of its pixels are NaN or infinite")
         if not limits:
@@ -315,17 +323,18 @@ def measure_range(dataset):
     Two percentiles over a sample, with some headroom: about what a camera's exposure leaves free.
     """
     sample = []
-    for i in np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(int)):
+    for i in np.unique(np.linspace(0, max(len(dataset) - 1, 0), SAMPLE).astype(int))[: len(dataset)]:
         with suppress(BadImage), dataset.open_picture(i) as picture:
             if isinstance(picture, np.ndarray) and picture.dtype != np.uint8:
                 somewhere = np.random.default_rng(0).integers(0, picture.size, SAMPLE_NUMBERS)
                 numbers = picture.reshape(-1)[somewhere].astype(np.float64)
-                sample.append(numbers[np.isfinite(numbers)])
+                sample.append(numbers[np.abs(numbers) <= LARGEST])
     if not any(map(len, sample)):
         return None
     low, high = np.percentile(np.concatenate(sample), PERCENTILES)
     margin = HEADROOM * (high - low) or 1
-    return float(f"{low - margin:.6g}"), float(f"{high + margin:.6g}")
+    digits = 5 - math.floor(math.log10(high - low + 2 * margin))
+    return round(float(low - margin), digits), round(float(high + margin), digits)
 
 
 def read_orientation(image):

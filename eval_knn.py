@@ -30,7 +30,7 @@ from features import (
     EvalImages,
     add_fit_arg,
     add_image_args,
-    apply_image_args,
+    apply_reading_args,
     extract_features,
     iterate_batches,
     open_backbone,
@@ -162,7 +162,7 @@ def add_eval_args(parser):
 def apply_eval_args(args, cfg):
     """The arguments above and those of add_image_args, where given, replace the run's settings. UserError."""
     evaluation = cfg.evaluation
-    apply_image_args(args, cfg)
+    apply_reading_args(args, cfg)
     evaluation.fit = args.fit or evaluation.fit
     if args.train or args.split is not None:
         evaluation.test_path = ""  # the run's own queries have nothing to do with it
@@ -322,7 +322,7 @@ def distance_rank(bank, queries, chunk=1024):
         nearest.append(similarity.amax(1))
     nearest = torch.cat(nearest).sort().values
     of_queries = [(rows @ bank.T).amax(1) for rows in F.normalize(queries, dim=-1).split(chunk)]
-    return 1 - torch.searchsorted(nearest, torch.cat(of_queries)) / len(bank)
+    return 1 - torch.searchsorted(nearest, torch.cat(of_queries), right=True) / len(bank)
 
 
 def hit_rate(share, right, votes):

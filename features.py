@@ -312,10 +312,15 @@ def open_backbone(source, load=load_backbone, dtype="fp32"):
 
 
 def add_image_args(parser):
-    """--dtype, --range and --bands, of every script that sends images through a frozen backbone."""
+    """--dtype, and those of add_reading_args, of every script that sends images through a frozen backbone."""
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                        help="numbers of the network; auto: bf16 where the hardware has it")  # fmt: skip
+    add_reading_args(parser)
+
+
+def add_reading_args(parser):
+    """--range and --bands: how the numbers in files become colours."""
     add = parser.add_argument
-    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="numbers of the network; auto: bf16 where the hardware has it")  # fmt: skip
     add("--range", type=config.argument(config.Real), nargs=2, metavar=("BLACK", "WHITE"),
         help="of numbers that are not 8-bit (default: the run's, or measured)")  # fmt: skip
     add("--bands", type=config.argument(config.Count), nargs="+", metavar="BAND",
@@ -329,7 +334,7 @@ def add_fit_arg(parser):
                         "or crop)")  # fmt: skip
 
 
-def apply_image_args(args, cfg):
+def apply_reading_args(args, cfg):
     """--range and --bands, where given, replace the run's -> the Reading of its images. Raises UserError."""
     given = {f"data.{key}": getattr(args, key) for key in ("range", "bands") if getattr(args, key)}
     config.assign(cfg, given)

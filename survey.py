@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -92,11 +93,14 @@ def describe(picture):
     if isinstance(picture, np.ndarray):
         height, width, bands = picture.shape
         return f"{picture.dtype} of {bands} band{'s' * (bands > 1)}", (width, height), 1
-    return f"{picture.format} {picture.mode}", picture.size, getattr(picture, "n_frames", 1)
+    pages = 1
+    with suppress(Exception):  # whatever the parser of a damaged directory of pages may raise
+        pages = getattr(picture, "n_frames", 1)
+    return f"{picture.format} {picture.mode}", picture.size, pages
 
 
 def fingerprint(dataset):
-    """The same for the same files, by name, place and size: what a resumed run compares."""
+    """The same for the same names of files, and places in shards: what a resumed run compares."""
     places = dataset.joined_names + dataset.offsets.tobytes() + dataset.sizes.tobytes()
     return hashlib.sha256(places).hexdigest()[:16]
 

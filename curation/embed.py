@@ -29,6 +29,7 @@ def embed(state):
         state.notes.append("no features.weights or features.embeddings: what needs features is off")
         return
     state.embedder = open_embedder(state.cfg.features)
+    state.embedder.reading = state.reading
     num_rows = getattr(state.embedder, "num_rows", None)
     if num_rows not in (None, state.num_source, state.num_images):
         file = state.cfg.features.embeddings
@@ -92,6 +93,8 @@ def embed_examples(embedder, images, name, at_least=1):
 
     UserError, which calls the data set `name`, if these are fewer than `at_least`.
     """
+    if isinstance(images, ImageFiles) and embedder.reading:
+        images.reading = embedder.reading  # as the pile is read
     x = embedder(images)
     readable = x.any(1)
     if readable.sum() < at_least:
@@ -109,6 +112,8 @@ def open_embedder(settings):
 
 class Embedder:
     """A backbone. Called with a data set -> unit rows (n, width) float16, zeros for what cannot be read."""
+
+    reading = None  # of the pile: a decode.Reading
 
     def __init__(self, settings):
         self.backbone, cfg = open_backbone(settings.weights)
@@ -140,6 +145,8 @@ class StoredEmbeddings:
     Called like Embedder. Raises UserError for a file of another kind, for images that are not in it, and for
     rows that have no direction: zeros, NaN, infinity.
     """
+
+    reading = None  # as in Embedder
 
     def __init__(self, file):
         self.file = file

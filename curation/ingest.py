@@ -53,7 +53,10 @@ def examine(entry, reading=None):
             raise BadImage(name, "the shard has no whole image of this key")
         data = load_bytes(row)
         row |= dict(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
-        return row | decode_image(data, name, measure, reading)
+        row |= decode_image(data, name, measure, reading)
+        if not row["format"]:  # of numbers that became an image: as the file is called
+            row["format"] = Image.registered_extensions()[os.path.splitext(name)[1].lower()]
+        return row
     except (BadImage, OSError) as error:
         return row | dict(why="unreadable", detail=str(error.args[-1]))
 
@@ -65,7 +68,7 @@ def measure(image):
     ("draft"), brightness only.
     """
     width, height = image.size
-    image_format = (image.format or "numbers").replace("MPO", "JPEG")  # a JPEG that holds several pictures
+    image_format = (image.format or "").replace("MPO", "JPEG")  # a camera's JPEG that holds several pictures
     image.draft("L", (THUMBNAIL, THUMBNAIL))
     turn = find_turn(image)
     if turn in LYING:

@@ -61,15 +61,16 @@ class Curation:
         self.key = ""  # changes with everything that was done so far
         self.notes = []  # for the reader of the funnel
         self.stages = []
-        self.pieces = split_source(source.strip(), cfg.ingest.piece)
+        asked = Reading.from_config(cfg.ingest)
+        self.pieces = split_source(source.strip(), cfg.ingest.piece, asked)
+        self.reading = measure_reading(self.pieces[0], asked)
+        cfg.ingest.range = self.reading.range or "auto"
         self.num_source_pieces = len(self.pieces)
         for uri in filter(None, cfg.dedup.evaluation.split(";")):
-            self.pieces += split_source(uri.strip(), cfg.ingest.piece)
+            self.pieces += split_source(uri.strip(), cfg.ingest.piece, self.reading)
         self.refuse_own_results(source)
         if isinstance(self.pieces[0], FileRange):
             self.notes += survey(self.pieces[0].images, source).warnings
-        self.reading = measure_reading(self.pieces[0], Reading.from_config(cfg.ingest))
-        cfg.ingest.range = self.reading.range or "auto"
         keys = [piece_key(piece, self.reading) for piece in self.pieces]
         names = [f"{index:06d}-{key}.jsonl" for index, key in enumerate(keys)]
         self.row_files = [self.work / "ingest" / name for name in names]

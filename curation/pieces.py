@@ -31,12 +31,12 @@ class FileRange(NamedTuple):
     end: int
 
 
-def split_source(uri, size):
+def split_source(uri, size, reading=None):
     """A data URI -> its pieces: paths of tar shards, or FileRanges of at most `size` files. UserError."""
     kind, _, rest = uri.partition(":")
     if kind == "tar":
         return list_shards(os.path.expanduser(rest))
-    images = open_source(uri)
+    images = open_source(uri, reading)
     if not isinstance(images, ImageFiles):
         raise UserError(f"{uri} is no pile of files: write folder:, list: or tar: and a path")
     total = len(images) + len(images.dropped)
@@ -91,11 +91,12 @@ def piece_files(piece):
 
 
 def measure_reading(piece, reading):
-    """How the numbers of a source become colours, after its first piece: a decode.Reading with a range."""
+    """How the numbers of a source become colours: its decode.Reading, measured on the first piece."""
+    if isinstance(piece, FileRange):
+        return piece.images.reading
     if reading.range:
         return reading
-    images = piece.images if isinstance(piece, FileRange) else ImageFiles(list_entries(piece)[0], reading)
-    return reading._replace(range=measure_range(images))
+    return reading._replace(range=measure_range(ImageFiles(list_entries(piece)[0], reading)))
 
 
 def piece_key(piece, reading=None):

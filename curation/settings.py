@@ -25,7 +25,7 @@ class Settings:
     """All settings, as in `cfg.quality.min_side`: an instance of every section below."""
     class ingest:
         piece: Count = 1000  # files in one piece of work; a tar shard is one piece, whatever its size
-        range: BlackWhite = "auto"  # as data.range of a run; measured on the first piece
+        range: BlackWhite = "auto"  # as data.range of a run; of tar shards, measured on the first
         bands: Bands = "auto"  # as data.bands of a run
     class quality:
         min_side: Whole = 200  # pixels of the shorter side (DataComp)

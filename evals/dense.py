@@ -643,8 +643,8 @@ def with_baselines(backbone, cfg, seed):
 
 def compare_networks(settings, backbone, cfg, folder):
     """Train and score a head on the backbone, on raw pixels and on an untrained network."""
-    test = Pairs(settings.test, settings)
     train = Pairs(settings.train, settings)
+    test = Pairs(settings.test, settings)
     check_overlap(train.files(), test.files(), "give other pairs to --test")
     print(f"training on {len(train)} images of {settings.train}, testing on {len(test)} of {settings.test}")
     values, _ = survey([train, test], settings)

@@ -35,7 +35,7 @@ from config import UserError
 from evals.patch_maps import patch_attention, patch_tokens, pca_colors
 from evals.tiles import COLORMAP, to_pil
 from evals.visualize import MAX_PATCHES, add_photo_args, load_photos, prepare_images, token_name
-from features import apply_image_args
+from features import apply_reading_args
 from model import describe_backbone
 from runfolder import atomic_write_text
 from sources import open_images
@@ -144,7 +144,7 @@ def parse_args():
 def main():
     args = parse_args()
     backbone, cfg = open_backbone(args.weights, args.download, args.dtype)
-    dataset = open_images(args.photos, apply_image_args(args, cfg))
+    dataset = open_images(args.photos, apply_reading_args(args, cfg))
     names, pictures = load_photos(dataset, args.count)
     images = prepare_images(pictures, backbone, cfg, args.size)
     photos, error, pairs = encode_photos(backbone, images, names)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import config
 from config import Count, OptionalPixels, UserError, Workers, argument, parse_json
 from data import normalize
-from features import EvalImages, add_fit_arg, apply_image_args, iterate_batches
+from features import EvalImages, add_fit_arg, apply_reading_args, iterate_batches
 from model import describe_backbone
 from runfolder import atomic_open, atomic_write_text
 from sources import open_images, sample_name
@@ -103,6 +103,9 @@ def job_fingerprint(weights, images, options):
     weights: {name: tensor}.
     """
     about = (images.size, images.resize, images.fit, len(images), options)
+    reading = getattr(images.dataset, "reading", None)
+    if reading and any(reading):
+        about += (reading,)
     digest = hashlib.sha256(repr(about).encode())
     for name, tensor in weights.items():
         some = tensor.flatten()[:: max(tensor.numel() // 512, 1)]  # 512 numbers of each tensor are enough
@@ -199,7 +202,7 @@ def main():
         resize = cfg.evaluation.resize_size
     if size % backbone.patch_size:
         raise UserError(f"--size {size} is not a multiple of the patch size, {backbone.patch_size} pixels")
-    dataset = open_images(args.images, apply_image_args(args, cfg))
+    dataset = open_images(args.images, apply_reading_args(args, cfg))
     images = EvalImages(dataset, size, resize, fit=args.fit or cfg.evaluation.fit)
     print_warnings(dataset, ", ".join(args.images), images.fit)
     print(f"{args.weights}: {describe_backbone(backbone)}; {len(images)} images, {images.protocol}")

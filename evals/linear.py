@@ -346,6 +346,7 @@ def read_about(file, num_classes):
         size, resize = about.get("pixels", (1, 1))
         classes = about.get("classes") or [""] * num_classes
         fits = len(classes) == num_classes and all(isinstance(name, str) for name in classes)
+        fits = fits and type(size) is type(resize) is int
         if fits and 1 <= size <= resize and isinstance(about.get("input", ""), str):
             return about
     except (ValueError, TypeError, AttributeError):

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import config
 from config import UserError
 from decode import (
     EXTENSIONS,
@@ -214,9 +215,12 @@ def fitting_frames(truth_size, image_size, orientation):
 
 
 def fill_reading(settings, cfg, about):
-    """--range and --bands, where not given, are those of a head's file, or the run's; or []."""
-    for key in ("range", "bands"):
-        value = getattr(settings, key) or about.get(key) or getattr(cfg.data, key)
+    """--range and --bands, where not given, are those of a head's file, or the run's; or []. UserError."""
+    given = {key: getattr(settings, key) or about.get(key) for key in ("range", "bands")}
+    config.assign(cfg, {f"data.{key}": value for key, value in given.items() if value})
+    config.check(cfg)
+    for key in given:
+        value = getattr(cfg.data, key)
         setattr(settings, key, [] if value == "auto" else list(value))
 
 

@@ -36,7 +36,7 @@ from evals.patch_maps import (
 )
 from evals.plot import Plot
 from evals.tiles import COLORMAP, TILE_SIDE, attention_tile, contact_sheet, heatmap_tile, image_tile
-from features import EvalImages, apply_image_args, load_image, resize_to_patches, untrained_copy
+from features import EvalImages, apply_reading_args, load_image, resize_to_patches, untrained_copy
 from model import DINOv2, VisionTransformer
 from runfolder import atomic_open
 from sources import open_images, open_source, sample_name
@@ -412,7 +412,7 @@ def main():
     names = [name for name in (args.weights, args.against) if name]
     loaded = [(name, *open_backbone(name, args.download, args.dtype)) for name in names]
     _, _, cfg = loaded[0]
-    reading = apply_image_args(args, cfg)
+    reading = apply_reading_args(args, cfg)
     if not args.photos and not cfg.evaluation.test_path:
         raise UserError(f"{args.weights} has no evaluation images: name photos to draw")
     if args.photos:

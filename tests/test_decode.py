@@ -253,3 +253,34 @@ def test_settings_of_the_run_reach_the_files():
         config.load(overrides=["data.range=[5, 5]"])
     with pytest.raises(UserError, match="data.bands"):
         config.load(overrides=["data.bands=[0, 1, 2]"])
+
+
+def test_no_data_is_no_measurement(tmp_path):
+    """GDAL's -3.4e38 decides nothing and is black; large offsets keep their digits."""
+    numbers = (SCENE * 100).astype(np.float32)
+    numbers[:20] = -3.4e38
+    Image.fromarray(numbers).save(tmp_path / "a.tif")
+    dataset = open_source(f"folder:{tmp_path}")
+    low, high = dataset.reading.range
+    assert -50 < low < 10 and 80 < high < 150
+    assert np.asarray(dataset[0][0])[:20].max() == 0
+    config.load(overrides=[f"data.range={[low, high]}"])
+    Image.fromarray((1e8 + SCENE * 50).astype(np.int32)).save(tmp_path / "a.tif")
+    low, high = open_source(f"folder:{tmp_path}").reading.range
+    assert 1e8 - 20 < low < 1e8 + 10 < 1e8 + 30 < high < 1e8 + 70
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow comments on broken TIFF tags
+def test_tags_turned_at_random_never_escape(tmp_path):
+    write_bands(tmp_path / "a.tif", [0, 1, 2, 3], np.uint16, 2, (0,))
+    content = np.frombuffer((tmp_path / "a.tif").read_bytes(), np.uint8)
+    generator = np.random.default_rng(0)
+    for _ in range(150):
+        damaged = content.copy()
+        damaged[generator.integers(len(content) - 220, len(content), 3)] = generator.integers(0, 256, 3)
+        for bands in (None, (4, 1, 2)):
+            try:
+                image = decode_image(damaged.tobytes(), "damaged", reading=Reading((0, 10_000), bands))
+                assert image.mode == "RGB"
+            except BadImage as error:
+                assert "\n" not in str(error)

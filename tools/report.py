@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import config
 from config import UserError, Whole, argument, convert, parse_json
+from decode import Reading
 from eval_knn import open_eval_sets
 from evals import transfer
 from evals.dense import class_names
@@ -297,7 +298,8 @@ def evaluation_images(run, count):
         raise UserError("there are no evaluation images: evaluation.test_path names some")
     check_teacher(run)
     size = config.evaluation_size(run.cfg)
-    return large_sample(open_source(evaluation.test_path), size, evaluation.resize_size or size, count)
+    images = open_source(evaluation.test_path, Reading.from_config(run.cfg.data))
+    return large_sample(images, size, evaluation.resize_size or size, count)
 
 
 def draw_neighbours(run):

@@ -19,6 +19,7 @@ import config
 import decode
 from config import Pixels, UserError, argument
 from decode import BadImage
+from features import add_reading_args, apply_reading_args
 from runfolder import atomic_open
 from sources import open_images
 from survey import FLAT
@@ -54,6 +55,7 @@ def parse_args():
     add = parser.add_argument
     add("images", nargs="+", help="images, folders, or a data URI; the last argument is the folder for tiles")
     add("--size", type=argument(Pixels), default=512, help="side of a tile, in pixels")
+    add_reading_args(parser)
     add("--keep-blank", action="store_true", help="write tiles without contrast, too")
     args = parser.parse_args()
     if len(args.images) < 2:
@@ -67,9 +69,10 @@ def main():
     decode.MAX_PIXELS = MAX_PIXELS
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     decode.MAX_FILE_BYTES = MAX_BYTES
-    images = open_images(args.images)
+    images = open_images(args.images, apply_reading_args(args, config.load()))
     out = Path(args.out)
     total = 0
+    used = set()
     try:
         out.mkdir(parents=True, exist_ok=True)
         for i in tqdm(range(len(images)), disable=None):
@@ -79,7 +82,10 @@ def main():
             except BadImage as error:
                 print(f"left out: {error}")
                 continue
-            count = write_tiles(image, Path(name).stem, out, args.size, args.keep_blank)
+            stem = Path(name.partition("::")[2] or name).stem
+            stem = f"{stem}-{i}" if stem in used else stem
+            used.add(stem)
+            count = write_tiles(image, stem, out, args.size, args.keep_blank)
             print(f"{name}: {image.width} x {image.height} pixels, {count} tiles")
             total += count
     except OSError as e:

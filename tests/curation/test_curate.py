@@ -1206,6 +1206,26 @@ def test_a_pile_of_sensors_numbers_has_one_range(tmp_path):
     settings = json.loads((tmp_path / "out" / "funnel.json").read_text())["settings"]
     assert settings["ingest"]["range"] == [low, high]
     page.curation_report(tmp_path / "out")
+    written = open_source(f"tar:{tmp_path}/out/shards")
+    kept = int((state.why == 0).sum())
+    assert len(written) == kept > 0 and written[0][0].size == (256, 256)
     wide = load(None, ["ingest.range=[0, 1000000]", "quality.min_side=0"])
     with pytest.raises(UserError, match="'dark': 8"):  # black, as it was told
         curate(f"folder:{tmp_path}/pile", tmp_path / "dark", wide, "quality")
+
+
+def test_a_pile_of_bands(tmp_path):
+    """Eight bands of 16 bits: without a choice nothing can be read, with one all of them; in folders too."""
+    tifffile = pytest.importorskip("tifffile")
+    (tmp_path / "pile").mkdir()
+    for k in range(4):
+        bands = np.random.default_rng(k).integers(0, 3000, (220, 220, 8)).astype(np.uint16)
+        tifffile.imwrite(
+            tmp_path / "pile" / f"{k}.tif", bands, photometric="minisblack", planarconfig="contig"
+        )
+    with pytest.raises(UserError, match="no image is left"):
+        curate(f"folder:{tmp_path}/pile", tmp_path / "none", load(None, []), "ingest")
+    chosen = load(None, ["ingest.bands=[4,3,2]"])
+    state = curate(f"folder:{tmp_path}/pile", tmp_path / "out", chosen, "ingest")
+    assert state.reading.bands == (4, 3, 2) and state.reading.range[1] > 3000
+    assert not state.why.any() and not state.notes

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_backbone, write_flat_images
+from PIL import Image
 
 from config import UserError
 from data import normalize
+from decode import Reading
 from evals import extract
 from evals.extract import extract_to_npz
 from features import EvalImages
-from sources import open_images
+from sources import open_images, open_source
 
 
 def job(tmp_path, **options):
@@ -172,3 +174,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*argv, "--out", ""])
     with pytest.raises(SystemExit):  # else it would be the current folder
         extract.main()
+
+
+def test_a_job_with_another_range_is_another_job(tmp_path):
+    """A half-done file of features must not go on with other grey levels."""
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "a.png")
+    jobs = set()
+    for limits in ((0, 4095), (0, 255), None):
+        images = EvalImages(open_source(f"folder:{tmp_path}", Reading(range=limits)), 32)
+        jobs.add(extract.job_fingerprint({}, images, ()))
+    assert len(jobs) == 3
