@@ -370,8 +370,8 @@ def check(cfg):
     if 0 < resize < size:
         problems.append(f"evaluation.resize_size {resize} is smaller than the image, {size}")
     patches = (cfg.crops.global_crops_size // patch_size) ** 2
-    masked = cfg.ibot.mask_sample_probability and int(patches * cfg.ibot.mask_ratio_min_max[1])
-    if cfg.ibot.mask_sample_probability and cfg.ibot.loss_weight and not masked:
+    most_masked = int(patches * cfg.ibot.mask_ratio_min_max[1])
+    if cfg.ibot.mask_sample_probability and cfg.ibot.loss_weight and not most_masked:
         limits = f"ibot.mask_ratio_min_max {list(cfg.ibot.mask_ratio_min_max)}"
         problems.append(f"{limits} never masks one of the {patches} patches: raise it, or set "
                         f"ibot.mask_sample_probability=0")  # fmt: skip

@@ -32,7 +32,7 @@ EXTENSIONS = [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", 
 PHONE_FORMATS = {
     ".heic": ("HEIF", "pillow_heif", "pillow-heif"),
     ".heif": ("HEIF", "pillow_heif", "pillow-heif"),
-    ".avif": ("AVIF", "PIL._avif", "Pillow 11.3 or newer"),
+    ".avif": ("AVIF", "PIL._avif", "'pillow>=11.3'"),
     ".jxl": ("JXL", "pillow_jxl", "pillow-jxl-plugin"),
 }
 PHONE_MARKS = {".heic": rb"....ftyp(he|mif1)", ".avif": rb"....ftypav", ".jxl": rb"\xff\x0a|....JXL "}

@@ -4,7 +4,7 @@ Kinds of files, those that are not read, sizes, classes, pages, images without c
 crop cuts off. One line if all of it is ordinary; a warning for whatever is not. A sample is looked at, evenly
 spread, so that a million files cost no more than two hundred.
 
-    survey(dataset, uri) -> Survey(summary, warnings, facts)
+    survey_dataset(dataset, uri) -> Survey(summary, warnings, facts)
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Survey(NamedTuple):
     facts: dict
 
 
-def survey(dataset, uri, fit=None):
+def survey_dataset(dataset, uri, fit=None):
     """A data set -> Survey. fit: how images become square, if they do."""
     facts = dict(uri=uri, images=len(dataset))
     if not isinstance(dataset, ImageFiles):
@@ -150,7 +150,7 @@ def list_warnings(facts, fit):
 
 def print_warnings(dataset, uri, fit=None):
     """What is not ordinary about a data set, on stderr."""
-    for warning in survey(dataset, uri, fit).warnings:
+    for warning in survey_dataset(dataset, uri, fit).warnings:
         print(f"warning: {uri}: {warning}", file=sys.stderr)
 
 
@@ -159,7 +159,7 @@ def report_data(dataset, uri, folder):
 
     A resumed run, whose folder has that file, says if the data set is another one now.
     """
-    found = survey(dataset, uri)
+    found = survey_dataset(dataset, uri)
     file = folder / "survey.json"
     print(found.summary, flush=True)
     for warning in found.warnings + changes_since(file, found.facts):

@@ -55,7 +55,7 @@ def examine(entry, reading=None):
         row |= dict(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
         row |= decode_image(data, name, measure, reading)
         if not row["format"]:  # of numbers that became an image: as the file is called
-            row["format"] = Image.registered_extensions()[os.path.splitext(name)[1].lower()]
+            row["format"] = Image.registered_extensions().get(os.path.splitext(name)[1].lower(), "TIFF")
         return row
     except (BadImage, OSError) as error:
         return row | dict(why="unreadable", detail=str(error.args[-1]))

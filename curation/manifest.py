@@ -28,7 +28,7 @@ from decode import MAX_FILE_BYTES, Reading, open_regular
 from distributed import all_reduce_ints, broadcast_object, rank
 from runfolder import atomic_open
 from sources import LOOSE_FILE
-from survey import survey
+from survey import survey_dataset
 
 REASONS = ("kept", "unreadable", "small", "long", "dark", "bright", "flat", "blurred", "exact duplicate",
            "near duplicate", "feature duplicate", "leak", "ugly", "blocked", "not retrieved",
@@ -70,7 +70,7 @@ class Curation:
             self.pieces += split_source(uri.strip(), cfg.ingest.piece, self.reading)
         self.refuse_own_results(source)
         if isinstance(self.pieces[0], FileRange):
-            self.notes += survey(self.pieces[0].images, source).warnings
+            self.notes += survey_dataset(self.pieces[0].images, source).warnings
         keys = [piece_key(piece, self.reading) for piece in self.pieces]
         names = [f"{index:06d}-{key}.jsonl" for index, key in enumerate(keys)]
         self.row_files = [self.work / "ingest" / name for name in names]

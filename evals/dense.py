@@ -40,7 +40,7 @@ from config import Count, Number, OptionalPixels, Positive, Range, UserError, Wh
 from data import normalize, permuted_index
 from decode import BadImage, open_regular
 from eval_knn import check_overlap
-from evals.pairs import ALL_VOID, Pairs, fill_reading, reading_of, survey, untrained_classes
+from evals.pairs import ALL_VOID, Pairs, fill_reading, reading_of, survey_masks, untrained_classes
 from features import check_tensors, load_image, resize_to_patches, untrained_copy
 from model import Tokens, describe_backbone
 from runfolder import atomic_open
@@ -647,7 +647,7 @@ def compare_networks(settings, backbone, cfg, folder):
     test = Pairs(settings.test, settings)
     check_overlap(train.files(), test.files(), "give other pairs to --test")
     print(f"training on {len(train)} images of {settings.train}, testing on {len(test)} of {settings.test}")
-    values, _ = survey([train, test], settings)
+    values, _ = survey_masks([train, test], settings)
     settings.untrained = untrained_classes(values, settings)
     files = ("head.pth", "pixels.pth", "random.pth")
     rows = {}
@@ -685,7 +685,7 @@ def main(argv=None):
         write_prediction(features, head, image, settings.out or Path(f"{settings.task}.png"))
     elif head is not None:
         test = Pairs(settings.test, settings)
-        survey([test], settings)
+        survey_masks([test], settings)
         print_results({"this head": score_head(features, head, test)}, settings, [test])
     else:
         compare_networks(settings, backbone, cfg, settings.out or folder)

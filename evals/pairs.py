@@ -304,7 +304,7 @@ class Pairs:
 # ---------------------------------------------------------------- what all masks of a run have in common
 
 
-def survey(sets, settings):
+def survey_masks(sets, settings):
     """Look through all masks for how they must be read, and print what is not plain.
 
     sets: Pairs, the training set first, if there is one. Changes `settings.class_values`, unless a head

@@ -35,7 +35,7 @@ from evals.dense import (
     print_absent_classes,
     with_baselines,
 )
-from evals.pairs import Pairs, fill_reading, survey, untrained_classes
+from evals.pairs import Pairs, fill_reading, survey_masks, untrained_classes
 from evals.tiles import contact_sheet, image_tile, to_pil
 from features import resize_to_patches
 from model import describe_backbone
@@ -102,7 +102,7 @@ def compare(backbone, cfg, settings):
     train = Pairs(settings.train, settings)
     test = Pairs(settings.test, settings)
     check_overlap(train.files(), test.files(), "give other pairs to --test")
-    values, _ = survey([train, test], settings)
+    values, _ = survey_masks([train, test], settings)
     settings.untrained = untrained_classes(values, settings)
     results = {}
     for name, network in with_baselines(backbone, cfg, settings.seed).items():

@@ -277,6 +277,10 @@ def test_how_far_from_everything():
         assert rank == pytest.approx((similarity.amax(1) > own).float().mean().item(), abs=0.03)
     assert ranks[-2] < 0.05
     assert ranks[-1] == 1
+    some = eval_knn.distance_rank(bank, queries, most=20)  # of every second image
+    for query, rank in zip(torch.nn.functional.normalize(queries, dim=-1), some.tolist()):
+        own = (bank @ query).max()
+        assert rank == pytest.approx((similarity.amax(1)[::2] > own).float().mean().item(), abs=0.06)
 
 
 def test_right_in_so_many_cases_is_per_class():

@@ -22,7 +22,7 @@ def write_photos(folder, count=6, size=(40, 30), ending="png", seed=0):
 
 
 def report(folder, fit=None, reading=None):
-    return survey.survey(open_source(f"folder:{folder}", reading), "folder:pile", fit)
+    return survey.survey_dataset(open_source(f"folder:{folder}", reading), "folder:pile", fit)
 
 
 def test_one_line_if_all_is_ordinary(tmp_path):
@@ -33,7 +33,7 @@ def test_one_line_if_all_is_ordinary(tmp_path):
     line = "10 images of folder:pile: PNG RGB, 40 x 30 pixels; 2 classes of 4 to 6"
     assert (found.summary, found.warnings) == (line, [])
     assert found.facts["classes"] == dict(cat=6, dog=4)
-    assert survey.survey(Scenes(5), "scenes:5").warnings == []
+    assert survey.survey_dataset(Scenes(5), "scenes:5").warnings == []
 
 
 def test_files_that_are_not_read(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from config import UserError
 from decode import BadImage
 from evals import dense
 from evals.dense import class_names, parse_settings
-from evals.pairs import Pairs, read_depth, read_mask, survey, turn_upright, untrained_classes
+from evals.pairs import Pairs, read_depth, read_mask, survey_masks, turn_upright, untrained_classes
 from model import VisionTransformer
 
 MASKS = [np.array([[0, 1, 1], [0, 0, 1]], np.uint8), np.array([[1, 0, 0], [1, 1, 0]], np.uint8)]
@@ -81,7 +81,7 @@ def mask_settings(uri, classes=2, *words):
 
 def surveyed(uri, classes=2, *words):
     pairs = Pairs(uri, mask_settings(uri, classes, *words))
-    survey([pairs], pairs.settings)
+    survey_masks([pairs], pairs.settings)
     return pairs
 
 
@@ -111,9 +111,9 @@ def test_black_and_white_in_one_set_and_numbers_in_the_other_are_refused(tmp_pat
     message = r"a/masks has masks of black and white, yet .* they hold 0, 1, 255: write class 1 as 1"
     for sets in ((white, numbers), (numbers, white)):
         with pytest.raises(UserError, match=message):
-            survey([Pairs(uri, settings) for uri in sets], settings)
+            survey_masks([Pairs(uri, settings) for uri in sets], settings)
     empty = write_pairs(tmp_path / "c", [np.zeros((2, 3), np.uint8)])  # without an object, it fits to both
-    survey([Pairs(white, settings), Pairs(empty, settings)], settings)
+    survey_masks([Pairs(white, settings), Pairs(empty, settings)], settings)
     assert settings.class_values == [0, 255]
 
 
@@ -123,7 +123,7 @@ def test_colours_are_classes_in_order_over_all_sets(tmp_path, capsys):
     settings = mask_settings(red_only, 3)
     train = Pairs(red_only, settings)
     test = Pairs(all_three, settings)
-    survey([train, test], settings)
+    survey_masks([train, test], settings)
     listed = "colours in the masks: #000000 is class 0, #00ff00 is class 1, #ff0000 is class 2\n"
     assert capsys.readouterr().out == listed
     assert train[0][1].tolist() == (MASKS[0] * 2).tolist()
@@ -200,7 +200,7 @@ def test_instances_are_refused(tmp_path):
 def test_one_class_is_nothing_to_learn(tmp_path):
     uri = write_pairs(tmp_path, MASKS, KINDS["black and white"])
     settings = mask_settings(uri, 3)
-    [values] = survey([Pairs(uri, settings)], settings)
+    [values] = survey_masks([Pairs(uri, settings)], settings)
     with pytest.raises(UserError, match=r"a single class \(values 0, 255\): see --classes \(2 reads"):
         untrained_classes(values, settings)
     with pytest.raises(UserError, match="--classes 1 leaves nothing to tell apart"):
